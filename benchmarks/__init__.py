@@ -1,0 +1,1 @@
+"""Benchmarks: speed against peers, and planted-rank tasks for the methods."""

@@ -1,0 +1,79 @@
+"""Lower bounds, computed from shapes and never measured: bytes that must move, FLOPs that must be done, the time.
+
+The machine is the H200 of KERNELS.md: the rates of a large device copy and of a large bf16 matrix product.
+A floor takes the larger of the two times and so assumes that memory and arithmetic overlap perfectly.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates that a program can reach, in bytes and FLOP per second."""
+
+    name: str
+    bandwidth: float
+    flops: float
+
+
+H200 = Machine("H200", bandwidth=4.3e12, flops=790e12)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes moved to and from device memory, and useful floating-point operations."""
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+    def floor_ms(self, machine: Machine = H200) -> float:
+        return 1e3 * max(self.bytes / machine.bandwidth, self.flops / machine.flops)
+
+
+def base_cost(shape: Shape, itemsize: int = 2) -> Cost:
+    """Forward and dx of the frozen layer: two products, each reading two matrices and writing one."""
+    m, k, n = shape.M, shape.K, shape.N
+    return Cost(2 * itemsize * (m * k + k * n + m * n), 4 * m * k * n)
+
+
+def lora_cost(shape: Shape, rank: int, itemsize: int = 2, adapter_itemsize: int = 2) -> Cost:
+    """The adapter alone, forward and backward (dx, dA, dB, c), if every expand rides on a base product.
+
+    x is read twice (U, dA) and dy once (V, dB, c); U and V are written once and read twice; A and B are read twice
+    and their gradients written once. Six products of ``2 r`` FLOPs per element: U, dA, dx over K and y, V, dB over N.
+    """
+    m, k, n = shape.M, shape.K, shape.N
+    activations = itemsize * (2 * m * k + m * n + 6 * m * rank)
+    return Cost(activations + 3 * adapter_itemsize * rank * (k + n), 6 * m * rank * (k + n))
+
+
+def launch_cost(kernel: str, arguments: dict[str, Any]) -> Cost:
+    """One launch of a Triton kernel, from the arguments it was given.
+
+    Each tensor argument is moved once, so a tensor that is read and written counts twice, for it is passed twice;
+    a second read by another program is taken to hit the L2. Every component counts as live.
+    """
+    moved = sum(tensor.numel() * tensor.element_size() for tensor in arguments.values() if torch.is_tensor(tensor))
+    return Cost(moved, _FLOPS[kernel](arguments))
+
+
+def _product(arguments: dict[str, Any]) -> int:
+    return 2 * arguments["num_rows"] * arguments["num_cols"] * arguments["WIDTH"]
+
+
+_FLOPS = {
+    "shrink_kernel": _product,
+    "expand_kernel": _product,
+    "gram_kernel": _product,
+    "shrink_gram_kernel": lambda arguments: _product(arguments) * (2 if arguments["FUSE_GRAM"] else 1),
+    "reduce_kernel": lambda arguments: arguments["partial_ptr"].numel(),
+    "dropout_kernel": lambda arguments: 2 * arguments["x_ptr"].numel(),
+}

@@ -1,0 +1,43 @@
+"""The matrix shapes that are benchmarked and reported on: the projections of real models, with the ranks."""
+
+from dataclasses import dataclass
+
+RANKS = (4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A linear layer ``[K] -> [N]`` applied to M rows (tokens)."""
+
+    model: str
+    projection: str
+    M: int
+    K: int
+    N: int
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.projection} {self.M}x{self.K}x{self.N}"
+
+
+def _projections(model: str, rows: int, hidden: int, key_value: int, intermediate: int) -> list[Shape]:
+    """The distinct shapes of a decoder layer: q and o, k and v, gate and up, down."""
+    return [
+        Shape(model, "q_proj", rows, hidden, hidden),
+        Shape(model, "k_proj", rows, hidden, key_value),
+        Shape(model, "up_proj", rows, hidden, intermediate),
+        Shape(model, "down_proj", rows, intermediate, hidden),
+    ]
+
+
+# Sizes of Llama 3.2 1B, Llama 3.1 8B and Llama 3.1 70B, from their config.json.
+GPU_SHAPES = [
+    *_projections("1B", 8192, 2048, 512, 8192),
+    *_projections("8B", 8192, 4096, 1024, 14336),
+    *_projections("70B", 8192, 8192, 1024, 28672),
+]
+# What a CPU gets through in a benchmark's time.
+CPU_SHAPES = [
+    Shape("small", "q_proj", 512, 1024, 1024),
+    Shape("1B", "q_proj", 1024, 2048, 2048),
+    Shape("8B", "q_proj", 512, 4096, 4096),
+]

@@ -1,0 +1,124 @@
+"""reduce: ``d[comp(e, j)] = factor_j * sum over the expert's slabs s of partial[s, j]``, in a fixed order.
+
+The deterministic second half of every sum over rows: each program of the first half wrote its own slab.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrlora_ops.kernels._configs import tile_for
+from lrlora_ops.kernels._tiles import expert_tiles, pool_rows, rank_block
+
+
+@triton.jit
+def slabs_of(
+    expert,
+    group_offsets_ptr,  # [E + 1]
+    num_experts,
+    num_slabs,
+    SPLITS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """First and end slab of an expert: SPLITS for each expert, or, if that is 0, one for each row tile."""
+    first = expert * SPLITS
+    end = first + SPLITS
+    if SPLITS == 0:
+        end += num_slabs
+        if GROUPED:
+            tiles = expert_tiles(group_offsets_ptr, num_experts, BLOCK_M, BLOCK_E)
+            offs_e = tl.arange(0, BLOCK_E)
+            first = tl.sum(tl.where(offs_e < expert, tiles, 0), 0)
+            end = first + tl.sum(tl.where(offs_e == expert, tiles, 0), 0)
+    return first, end
+
+
+@triton.jit(do_not_specialize=["num_slabs"])
+def reduce_kernel(
+    partial_ptr,  # [slabs, WIDTH, N] fp32
+    d_ptr,  # [R, N], output
+    gate_ptr,  # [R]
+    ranks_ptr,  # [E]
+    components_ptr,  # [E, max_rank]
+    group_offsets_ptr,  # [E + 1]
+    num_slabs,
+    num_cols,
+    num_experts,
+    max_rank,
+    scaling,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    GROUPED: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """BLOCK_R rank slots of one expert by BLOCK_N columns. Grid: (column tiles, E * rank tiles)."""
+    expert = tl.program_id(1) // (WIDTH // BLOCK_R)
+    offs_r = tl.program_id(1) % (WIDTH // BLOCK_R) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rank = tl.load(ranks_ptr + expert)
+    mask = (offs_r < rank)[:, None] & (offs_n < num_cols)[None, :]
+    first, end = slabs_of(expert, group_offsets_ptr, num_experts, num_slabs, SPLITS, GROUPED, BLOCK_M, BLOCK_E)
+
+    acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+    slab = (first.to(tl.int64) * WIDTH + offs_r)[:, None] * num_cols + offs_n[None, :]
+    for _ in range(first, end):
+        acc += tl.load(partial_ptr + slab, mask=mask, other=0.0)
+        slab += WIDTH * num_cols
+
+    rows = pool_rows(components_ptr, expert, offs_r, rank, max_rank, HAS_TABLE)
+    out = acc * scaling
+    if HAS_GATE:
+        out *= tl.load(gate_ptr + rows, mask=offs_r < rank, other=0.0)[:, None]
+    tl.store(d_ptr + rows[:, None] * num_cols + offs_n[None, :], out.to(d_ptr.dtype.element_ty), mask=mask)
+
+
+def reduce_slabs(
+    partial: Tensor,
+    d: Tensor,
+    ranks: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    components: Tensor | None,
+    group_offsets: Tensor | None,
+    *,
+    splits: int = 0,
+    block_m: int = 1,
+) -> None:
+    """Sums ``partial`` ``[slabs, WIDTH, N]`` into the live rows of d ``[R, N]``; see ``slabs_of`` for which."""
+    num_slabs, width, num_cols = partial.shape
+    num_experts = ranks.shape[0]
+    block_r = rank_block(width)
+    tile = tile_for("reduce", block_r)
+    grid = (triton.cdiv(num_cols, tile.block_n), num_experts * (width // block_r))
+    if d.numel() == 0:
+        return
+    reduce_kernel[grid](
+        partial,
+        d,
+        gate,
+        ranks,
+        components,
+        group_offsets,
+        num_slabs,
+        num_cols,
+        num_experts,
+        0 if components is None else components.shape[1],
+        scaling,
+        WIDTH=width,
+        SPLITS=splits,
+        HAS_GATE=gate is not None,
+        HAS_TABLE=components is not None,
+        GROUPED=group_offsets is not None,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_M=block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_R=block_r,
+        **tile.launch_options(),
+    )

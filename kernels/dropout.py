@@ -1,0 +1,81 @@
+"""dropout: ``keep * x / (1 - p)`` with a mask that is a function of (seed, row, column) and is never stored."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrlora_ops.kernels._tiles import check_in_place, row_major
+
+_BLOCK_M, _BLOCK_K = 16, 256
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def dropout_kernel(
+    x_ptr,  # [M, K]
+    out_ptr,  # [M, K], output
+    seed_ptr,  # [] int64
+    num_rows,
+    num_cols,
+    stride_xm,
+    p,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of BLOCK_M rows by BLOCK_K columns. Grid: (row tiles, column tiles)."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (offs_m < num_rows)[:, None] & (offs_k < num_cols)[None, :]
+    zero = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.uint32)
+    row = zero + offs_m.to(tl.uint32)[:, None]
+    col = zero + offs_k.to(tl.uint32)[None, :]
+    random, _, _, _ = tl.philox(tl.load(seed_ptr), col, row, zero, zero)
+    keep = tl.uint_to_uniform_float(random) >= p
+
+    x = tl.load(x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0)
+    out = tl.where(keep, x.to(tl.float32) / (1 - p), 0.0)
+    offs = offs_m.to(tl.int64)[:, None] * num_cols + offs_k[None, :]
+    if ACCUMULATE:
+        out += tl.load(out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(out: Tensor, x: Tensor, seed: Tensor, p: float, accumulate: bool) -> None:
+    if out.numel() == 0:
+        return
+    x = row_major(x)
+    grid = (triton.cdiv(x.shape[0], _BLOCK_M), triton.cdiv(x.shape[1], _BLOCK_K))
+    dropout_kernel[grid](
+        x,
+        out,
+        seed,
+        x.shape[0],
+        x.shape[1],
+        x.stride(0),
+        p,
+        ACCUMULATE=accumulate,
+        BLOCK_M=_BLOCK_M,
+        BLOCK_K=_BLOCK_K,
+        enable_fp_fusion=True,
+    )
+
+
+@torch.library.custom_op("lrlora_triton::dropout", mutates_args=())
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """x ``[M, K]`` with each element dropped with probability ``p``; ``seed`` is int64 ``[]``."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch(out, x, seed, p, accumulate=False)
+    return out
+
+
+@dropout.register_fake
+def _(x, seed, p):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("lrlora_triton::dropout_add_", mutates_args={"out"})
+def dropout_add_(out: Tensor, x: Tensor, seed: Tensor, p: float) -> None:
+    """``out += dropout(x)`` for a contiguous out, with the mask that ``dropout`` draws from the same seed."""
+    check_in_place(out)
+    _launch(out, x, seed, p, accumulate=True)

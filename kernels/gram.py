@@ -1,0 +1,153 @@
+"""gram: ``d[comp(e, j)] = scaling * gate_j * sum_{i in e} u[i, j] y[i]``, the weight gradients.
+
+The rank sits on the N axis of the MMA: [N x rows] @ [rows x r] is wgmma, [r x rows] @ [rows x N] is not. Few
+experts with many rows are split over programs, each writing fp32 partial sums that ``reduce`` adds up in order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrlora_ops.kernels._configs import tile_for
+from lrlora_ops.kernels._reduce import reduce_slabs
+from lrlora_ops.kernels._tiles import dot_precision, pool_rows, rank_block, row_major, source_rows
+
+# Enough programs to fill the largest GPU about four times over.
+_TARGET_PROGRAMS = 512
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gram_kernel(
+    u_ptr,  # [L, WIDTH], zero beyond the rank
+    y_ptr,  # [M, N]
+    d_ptr,  # [R, N] if SPLITS == 1, else fp32 [E * SPLITS, WIDTH, N]; output
+    gate_ptr,  # [R]
+    ranks_ptr,  # [E]
+    components_ptr,  # [E, max_rank]
+    group_offsets_ptr,  # [E + 1]
+    row_index_ptr,  # [L]
+    num_rows,
+    num_cols,
+    max_rank,
+    stride_ym,
+    scaling,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    GROUPED: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """BLOCK_R rank slots of one expert by BLOCK_N columns, over one of SPLITS shares of the expert's rows.
+
+    Grid: (column tiles, E * rank tiles, SPLITS).
+    """
+    expert = tl.program_id(1) // (WIDTH // BLOCK_R)
+    first_slot = tl.program_id(1) % (WIDTH // BLOCK_R) * BLOCK_R
+    split = tl.program_id(2)
+    rank = tl.load(ranks_ptr + expert)
+    if first_slot >= rank:
+        return
+    first, end = 0, num_rows
+    if GROUPED:
+        first = tl.load(group_offsets_ptr + expert)
+        end = tl.load(group_offsets_ptr + expert + 1)
+    if SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(end - first, SPLITS), BLOCK_M) * BLOCK_M
+        first += split * share
+        end = tl.minimum(end, first + share)
+    offs_r = first_slot + tl.arange(0, BLOCK_R)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_cols
+
+    acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    for m in range(first, end, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < end
+        rows = source_rows(row_index_ptr, offs_m, mask_m, HAS_INDEX) * stride_ym
+        y = tl.load(y_ptr + rows[:, None] + offs_n[None, :], mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        u = tl.load(u_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_r[None, :], mask=mask_m[:, None], other=0.0)
+        acc = tl.dot(tl.trans(y), u.to(y.dtype), acc, input_precision=PRECISION)
+
+    if SPLITS > 1:
+        rows = (expert * SPLITS + split).to(tl.int64) * WIDTH + offs_r
+    else:
+        rows = pool_rows(components_ptr, expert, offs_r, rank, max_rank, HAS_TABLE)
+        acc *= scaling
+        if HAS_GATE:
+            acc *= tl.load(gate_ptr + rows, mask=offs_r < rank, other=0.0)[None, :]
+    d = d_ptr + rows.to(tl.int64)[None, :] * num_cols + offs_n[:, None]
+    tl.store(d, acc.to(d_ptr.dtype.element_ty), mask=(offs_r < rank)[None, :] & mask_n[:, None])
+
+
+def row_splits(num_rows: int, num_experts: int, programs: int, block_m: int) -> int:
+    """Shares that an expert's rows are cut into: enough to fill the machine, each of four row blocks or more."""
+    return max(1, min(_TARGET_PROGRAMS // max(programs, 1), num_rows // (num_experts * 4 * block_m)))
+
+
+@torch.library.custom_op("lrlora_triton::gram", mutates_args=())
+def gram(
+    u: Tensor,
+    y: Tensor,
+    ranks: Tensor,
+    pool_size: int,
+    scaling: float,
+    dtype: torch.dtype,
+    gate: Tensor | None = None,
+    components: Tensor | None = None,
+    group_offsets: Tensor | None = None,
+    row_index: Tensor | None = None,
+) -> Tensor:
+    """d ``[pool_size, N]`` in ``dtype`` for u ``[L, WIDTH]`` and y ``[M, N]``; rows of dead components are zero.
+
+    ``row_index`` ``[L]`` gathers rows of y; without it L is M.
+    """
+    u, y = u.contiguous(), row_major(y)
+    num_rows, num_cols, num_experts, width = u.shape[0], y.shape[1], ranks.shape[0], u.shape[1]
+    block_r = rank_block(width)
+    tile = tile_for("gram", block_r)
+    d = torch.zeros(pool_size, num_cols, dtype=dtype, device=y.device)
+    columns, pairs = triton.cdiv(num_cols, tile.block_n), num_experts * (width // block_r)
+    splits = row_splits(num_rows, num_experts, columns * pairs, tile.block_m)
+    if num_rows == 0 or d.numel() == 0:
+        return d
+    out = d if splits == 1 else u.new_empty(num_experts * splits, width, num_cols, dtype=torch.float32)
+    gram_kernel[(columns, pairs, splits)](
+        u,
+        y,
+        out,
+        gate,
+        ranks,
+        components,
+        group_offsets,
+        row_index,
+        num_rows,
+        num_cols,
+        0 if components is None else components.shape[1],
+        y.stride(0),
+        scaling,
+        WIDTH=width,
+        SPLITS=splits,
+        HAS_GATE=gate is not None,
+        HAS_TABLE=components is not None,
+        GROUPED=group_offsets is not None,
+        HAS_INDEX=row_index is not None,
+        PRECISION=dot_precision(y.dtype),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_R=block_r,
+        **tile.launch_options(),
+    )
+    if splits > 1:
+        reduce_slabs(out, d, ranks, scaling, gate, components, group_offsets, splits=splits)
+    return d
+
+
+@gram.register_fake
+def _(u, y, ranks, pool_size, scaling, dtype, gate=None, components=None, group_offsets=None, row_index=None):
+    return y.new_empty(pool_size, y.shape[1], dtype=dtype)

@@ -1,0 +1,198 @@
+"""The primitives in PyTorch: what CPU tensors run on.
+
+Same names, arguments and meanings as the launchers in ``kernels/``. The rank is read on the host, which is free
+on a CPU, and dead components are skipped. Each function is a custom op, so that a changed rank is invisible to
+``torch.compile``.
+
+BLAS may order a sum differently for another matrix shape. Components are therefore worked on in the fixed
+segments 0..16, 16..32, 32..64, 64..128 and so on: a component that is born leaves the shapes that the others
+see unchanged, and with a zero row of ``b`` it leaves the output bit-identical.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SEGMENT = 16
+
+
+def _segments(rank: int, max_rank: int) -> Iterator[tuple[int, int]]:
+    """Column ranges that cover ``rank`` components; their bounds do not depend on the rank."""
+    low, high = 0, min(_SEGMENT, max_rank)
+    while low < rank:
+        yield low, high
+        low, high = high, min(2 * high, max_rank)
+
+
+def _experts(ranks: Tensor, group_offsets: Tensor | None, num_rows: int) -> Iterator[tuple[int, slice, int]]:
+    """(expert, its rows, its rank) for each expert that has both."""
+    offsets = [0, num_rows] if group_offsets is None else group_offsets.tolist()
+    for expert, rank in enumerate(ranks.tolist()):
+        if rank and offsets[expert + 1] > offsets[expert]:
+            yield expert, slice(offsets[expert], offsets[expert + 1]), rank
+
+
+def _take_rows(x: Tensor, rows: slice, row_index: Tensor | None) -> Tensor:
+    return x[rows] if row_index is None else x[row_index[rows]]
+
+
+def _pool_index(components: Tensor | None, expert: int, low: int, high: int) -> slice | Tensor:
+    """Pool rows of an expert's components low..high; a dense layer owns its pool in order."""
+    return slice(low, high) if components is None else components[expert, low:high].long()
+
+
+def _pad_rows(x: Tensor, count: int) -> Tensor:
+    """x with zero rows up to ``count``: what a segment has for its dead components, which are never read."""
+    return x if x.shape[0] == count else F.pad(x, (0, 0, 0, count - x.shape[0]))
+
+
+@torch.library.custom_op("lrlora_eager::shrink", mutates_args=())
+def shrink(
+    x: Tensor,
+    a: Tensor,
+    ranks: Tensor,
+    max_rank: int,
+    components: Tensor | None = None,
+    group_offsets: Tensor | None = None,
+    row_index: Tensor | None = None,
+) -> Tensor:
+    """``u[i, j] = <x[i], a[comp(e_i, j)]>``, 0 beyond the rank; ``[L, max_rank]`` in x's dtype."""
+    num_rows = x.shape[0] if row_index is None else row_index.shape[0]
+    u = x.new_zeros(num_rows, max_rank)
+    for expert, rows, rank in _experts(ranks, group_offsets, num_rows):
+        x_rows = _take_rows(x, rows, row_index)
+        for low, high in _segments(rank, max_rank):
+            rows_of_a = a[_pool_index(components, expert, low, min(high, rank))].to(x.dtype)
+            u[rows, low:high] = x_rows @ _pad_rows(rows_of_a, high - low).t()
+    return u
+
+
+@shrink.register_fake
+def _(x, a, ranks, max_rank, components=None, group_offsets=None, row_index=None):
+    return x.new_empty(x.shape[0] if row_index is None else row_index.shape[0], max_rank)
+
+
+@torch.library.custom_op("lrlora_eager::expand_", mutates_args={"out"})
+def expand_(
+    out: Tensor,
+    u: Tensor,
+    b: Tensor,
+    ranks: Tensor,
+    scaling: float,
+    gate: Tensor | None = None,
+    components: Tensor | None = None,
+    group_offsets: Tensor | None = None,
+) -> None:
+    """``out[i] += scaling * sum_j gate_j u[i, j] b[comp(e_i, j)]`` in place; out is ``[L, N]``."""
+    for expert, rows, rank in _experts(ranks, group_offsets, out.shape[0]):
+        for low, high in _segments(rank, u.shape[1]):
+            index = _pool_index(components, expert, low, min(high, rank))
+            rows_of_b = (b[index] if gate is None else b[index] * gate[index, None]).to(out.dtype)
+            out[rows].addmm_(u[rows, low:high].to(out.dtype), _pad_rows(rows_of_b, high - low), alpha=scaling)
+
+
+@torch.library.custom_op("lrlora_eager::expand", mutates_args=())
+def expand(
+    u: Tensor,
+    b: Tensor,
+    ranks: Tensor,
+    scaling: float,
+    gate: Tensor | None = None,
+    components: Tensor | None = None,
+    group_offsets: Tensor | None = None,
+    base: Tensor | None = None,
+) -> Tensor:
+    """``base`` (or zero) plus the expansion, as a new tensor ``[L, N]`` in base's dtype (or u's)."""
+    out = u.new_zeros(u.shape[0], b.shape[1]) if base is None else base.clone(memory_format=torch.contiguous_format)
+    expand_(out, u, b, ranks, scaling, gate, components, group_offsets)
+    return out
+
+
+@expand.register_fake
+def _(u, b, ranks, scaling, gate=None, components=None, group_offsets=None, base=None):
+    return (u if base is None else base).new_empty(u.shape[0], b.shape[1])
+
+
+@torch.library.custom_op("lrlora_eager::gram", mutates_args=())
+def gram(
+    u: Tensor,
+    y: Tensor,
+    ranks: Tensor,
+    pool_size: int,
+    scaling: float,
+    dtype: torch.dtype,
+    gate: Tensor | None = None,
+    components: Tensor | None = None,
+    group_offsets: Tensor | None = None,
+    row_index: Tensor | None = None,
+) -> Tensor:
+    """``d[comp(e, j)] = scaling * gate_j * sum_{i in e} u[i, j] y[i]``; ``[pool_size, N]`` in ``dtype``, 0 if dead."""
+    d = torch.zeros(pool_size, y.shape[1], dtype=dtype, device=y.device)
+    for expert, rows, rank in _experts(ranks, group_offsets, u.shape[0]):
+        index = _pool_index(components, expert, 0, rank)
+        factor = scaling if gate is None else scaling * gate[index, None]
+        d[index] = ((u[rows, :rank].to(y.dtype).t() @ _take_rows(y, rows, row_index)) * factor).to(dtype)
+    return d
+
+
+@gram.register_fake
+def _(u, y, ranks, pool_size, scaling, dtype, gate=None, components=None, group_offsets=None, row_index=None):
+    return y.new_empty(pool_size, y.shape[1], dtype=dtype)
+
+
+@torch.library.custom_op("lrlora_eager::shrink_gram", mutates_args=())
+def shrink_gram(
+    dy: Tensor,
+    b: Tensor,
+    u: Tensor,
+    ranks: Tensor,
+    scaling: float,
+    gate: Tensor | None = None,
+    components: Tensor | None = None,
+    group_offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``v = shrink(dy, b)``, ``d_b = gram(u, dy)`` and ``c[comp(e, j)] = scaling * sum_i u[i, j] v[i, j]``.
+
+    c is ``[R]`` in fp32 (fp64 for fp64 inputs).
+    """
+    v = shrink(dy, b, ranks, u.shape[1], components, group_offsets)
+    d_b = gram(u, dy, ranks, b.shape[0], scaling, b.dtype, gate, components, group_offsets)
+    c = torch.zeros(b.shape[0], dtype=_sum_dtype(dy), device=dy.device)
+    for expert, rows, rank in _experts(ranks, group_offsets, u.shape[0]):
+        product = u[rows, :rank].to(c.dtype) * v[rows, :rank].to(c.dtype)
+        c[_pool_index(components, expert, 0, rank)] = scaling * product.sum(0)
+    return v, d_b, c
+
+
+@shrink_gram.register_fake
+def _(dy, b, u, ranks, scaling, gate=None, components=None, group_offsets=None):
+    return dy.new_empty(u.shape), b.new_empty(b.shape), dy.new_empty(b.shape[0], dtype=_sum_dtype(dy))
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _keep(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """The dropout factor of each element, 0 or 1 / (1 - p), drawn from the seed alone."""
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    return torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+@torch.library.custom_op("lrlora_eager::dropout", mutates_args=())
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """``keep * x / (1 - p)``; the mask follows from ``seed`` (int64 ``[]``) and the shape, and is not stored."""
+    return _keep(x, seed, p).mul_(x)
+
+
+@dropout.register_fake
+def _(x, seed, p):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("lrlora_eager::dropout_add_", mutates_args={"out"})
+def dropout_add_(out: Tensor, x: Tensor, seed: Tensor, p: float) -> None:
+    """``out += dropout(x)`` with the mask that ``dropout`` draws from the same seed and shape."""
+    out.addcmul_(_keep(x, seed, p), x)

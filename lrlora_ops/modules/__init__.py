@@ -1,0 +1,5 @@
+"""Adapters: modules that hold parameters and a rank table."""
+
+from lrlora_ops.modules.linear import VariableRankLoRALinear
+
+__all__ = ["VariableRankLoRALinear"]

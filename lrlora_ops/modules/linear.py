@@ -1,0 +1,263 @@
+"""VariableRankLoRALinear: a frozen linear layer with a LoRA whose rank is a number on the device."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lrlora_ops.ops import lora_linear
+from lrlora_ops.rank_table import RankTable
+
+
+class VariableRankLoRALinear(nn.Module):
+    """``y = x W^T + bias + scaling * sum_{j < rank} <x, a_j> b_j`` with W and bias frozen.
+
+    ``lora_A`` starts uniform in ``+-1/sqrt(in_features)`` (PEFT's), ``lora_B`` at zero, so that a new adapter
+    changes no output. ``scaling = lora_alpha / max_rank`` does not depend on the current rank.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: Whether the base layer has a bias.
+        max_rank: R, the components that the adapter holds.
+        rank: How many of them are live at the start.
+        lora_alpha: Default ``2 * max_rank``, so that scaling is 2.
+        dropout: Probability of dropping an element of x on the adapter's branch, in training.
+        device: Where the tensors are made.
+        dtype: Of all parameters.
+
+    Attributes:
+        lora_A: Parameter ``[max_rank, in_features]``.
+        lora_B: Parameter ``[max_rank, out_features]``: the transpose of PEFT's ``lora_B.weight``.
+        weight, bias: Frozen parameters ``[out_features, in_features]`` and ``[out_features]``, or None.
+        base_layer: The wrapped layer if it is not a plain ``nn.Linear``, else None.
+        table: The ``RankTable`` that rank methods drive; it travels in the state dict.
+
+    Raises:
+        ValueError: A size, the rank or the dropout is out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        max_rank: int = 32,
+        rank: int = 8,
+        lora_alpha: float | None = None,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        super().__init__()
+        self._adopt(base)
+        self._add_adapter(in_features, out_features, max_rank, rank, lora_alpha, dropout, base.weight.device, dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Module,
+        *,
+        max_rank: int = 32,
+        rank: int = 8,
+        lora_alpha: float | None = None,
+        dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> VariableRankLoRALinear:
+        """Wrap a layer: a plain ``nn.Linear`` hands over its parameters, any other is called for its output.
+
+        The layer's parameters are frozen. The state dict of a wrapped ``nn.Linear`` keeps its names.
+
+        Args:
+            layer: Has ``in_features`` and ``out_features``, and maps ``[..., K]`` to ``[..., N]``.
+            max_rank, rank, lora_alpha, dropout: As for the class.
+            dtype: Of ``lora_A`` and ``lora_B``; default the layer's if that is a floating type, else fp32.
+
+        Raises:
+            ValueError: The layer does not say its sizes, or an argument is out of range.
+        """
+        if isinstance(layer, VariableRankLoRALinear):
+            raise ValueError("the layer is a VariableRankLoRALinear already; change it with set_rank, or merge it first")
+        try:
+            sizes = int(layer.in_features), int(layer.out_features)
+        except AttributeError as error:
+            raise ValueError(
+                f"{type(layer).__name__} has no in_features and out_features; give it these attributes, or write "
+                "the adapter with lora_linear(x, ..., base=layer(x))"
+            ) from error
+        weight = getattr(layer, "weight", None)
+        if dtype is None:
+            dtype = weight.dtype if isinstance(weight, Tensor) and _is_trainable_dtype(weight.dtype) else torch.float32
+        device = next((p.device for p in [*layer.parameters(), *layer.buffers()]), torch.device("cpu"))
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._adopt(layer)
+        self._add_adapter(*sizes, max_rank, rank, lora_alpha, dropout, device, dtype)
+        return self
+
+    def _adopt(self, layer: nn.Module) -> None:
+        layer.requires_grad_(False)
+        plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not _has_hooks(layer)
+        self.base_layer = None if plain else layer
+        self.register_parameter("weight", layer.weight if plain else None)
+        self.register_parameter("bias", layer.bias if plain else None)
+
+    def _add_adapter(
+        self,
+        in_features: int,
+        out_features: int,
+        max_rank: int,
+        rank: int,
+        lora_alpha: float | None,
+        dropout: float,
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
+        self.in_features, self.out_features, self.dropout = in_features, out_features, dropout
+        self.table = RankTable.uniform(1, rank, max_rank, device=device)
+        self.lora_alpha = 2.0 * max_rank if lora_alpha is None else lora_alpha
+        self.scaling = self.lora_alpha / max_rank if max_rank else 0.0
+        self.lora_A = nn.Parameter(_initial_a(torch.empty(0, in_features, device=device, dtype=dtype), max_rank))
+        self.lora_B = nn.Parameter(torch.zeros(max_rank, out_features, device=device, dtype=dtype))
+
+    @property
+    def max_rank(self) -> int:
+        """The components that the adapter holds, R."""
+        return self.lora_A.shape[0]
+
+    @property
+    def rank(self) -> Tensor:
+        """int32 ``[]`` on the device: the live components. ``int(layer.rank)`` waits for the device."""
+        return self.table.ranks[0]
+
+    @property
+    def sensitivity(self) -> Tensor:
+        """fp32 ``[R]``: ``dL/dm`` of each component, summed over the training backward passes since the last clear."""
+        return self.table.sensitivity
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K] -> [..., N]``. In training mode a method's sampled ranks and probes apply."""
+        table = self.table
+        return lora_linear(
+            x,
+            self.lora_A,
+            self.lora_B,
+            gate=table.gate if self.training else None,
+            rank=table.train_ranks if self.training else table.ranks,
+            scaling=self.scaling,
+            weight=self.weight,
+            bias=self.bias,
+            base=None if self.base_layer is None else self.base_layer(x),
+            dropout=self.dropout if self.training else 0.0,
+        )
+
+    @torch.no_grad()
+    def set_rank(self, rank: int) -> None:
+        """Make ``rank`` components live, by device writes alone.
+
+        Growing leaves the output bit-identical: the components that become live start with ``b = 0``. Shrinking
+        drops the last ones.
+
+        Raises:
+            ValueError: The rank is not from 0 to ``max_rank``.
+        """
+        if not 0 <= rank <= self.max_rank:
+            raise ValueError(f"rank is {rank}; it must be from 0 to max_rank, {self.max_rank}")
+        slots = torch.arange(self.max_rank, device=self.lora_B.device)
+        born = (slots >= self.table.ranks) & (slots < rank)
+        self.lora_B.masked_fill_(born[:, None], 0.0)
+        self.table.ranks.fill_(rank)
+        self.table.reset_training_state()
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """``[N, K]``: what ``merge`` adds to the weight, ``scaling * sum_{j < rank} outer(b_j, a_j)``, in fp32 or wider."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        live = torch.arange(self.max_rank, device=self.lora_B.device) < self.table.ranks
+        lora_B = self.lora_B.to(dtype).masked_fill(~live[:, None], 0.0)
+        return self.scaling * (lora_B.t() @ self.lora_A.to(dtype).masked_fill(~live[:, None], 0.0))
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """A copy of the base layer with the update in its weight, checked against this module's forward.
+
+        Raises:
+            ValueError: The base layer has no floating-point weight ``[N, K]`` to add to.
+            RuntimeError: The merged layer's output differs from the adapter's.
+        """
+        weight = self.weight if self.base_layer is None else getattr(self.base_layer, "weight", None)
+        shape = (self.out_features, self.in_features)
+        if not isinstance(weight, Tensor) or not _is_trainable_dtype(weight.dtype) or weight.shape != shape:
+            raise ValueError(
+                f"{type(self.base_layer).__name__} has no floating-point weight of shape {shape} to merge into; "
+                "keep the adapter beside it, or wrap the unquantised layer"
+            )
+        if self.base_layer is None:
+            merged: nn.Module = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+            merged.bias = self.bias
+        else:
+            merged = copy.deepcopy(self.base_layer)
+        sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+        merged.weight = nn.Parameter((weight.to(sum_dtype) + self.delta_weight()).to(weight.dtype), requires_grad=False)
+        self._check_merge(merged.train(self.training), weight)
+        return merged
+
+    def _check_merge(self, merged: nn.Module, weight: Tensor) -> None:
+        """Merging rounds the weight once to its dtype: a few roundings of a sum over K, no more."""
+        probe = torch.randn(16, self.in_features, device=weight.device, dtype=weight.dtype)
+        was_training = self.training
+        expected = self.eval()(probe)
+        self.train(was_training)
+        difference = (merged(probe) - expected).double().norm()
+        allowed = 8 * torch.finfo(weight.dtype).eps * expected.double().norm()
+        if not difference <= allowed:
+            raise RuntimeError(
+                f"the merged layer differs from the adapter's forward by {difference:.3g} (allowed {allowed:.3g}); the "
+                "adapter was not merged. Is there a NaN in it, or does the base layer transform its weight?"
+            )
+
+    @torch.no_grad()
+    def resize(self, max_rank: int) -> None:
+        """Hold ``max_rank`` components: the first ones, or these and new ones. Scaling and output stay.
+
+        The parameters keep their identity, and lose their gradient. Reads the rank on the host.
+
+        Raises:
+            ValueError: ``max_rank`` is below the rank.
+        """
+        rank, held = int(self.rank), min(max_rank, self.max_rank)
+        if max_rank < rank:
+            raise ValueError(f"max_rank is {max_rank}, below the rank {rank}; lower the rank first with set_rank")
+        for parameter, fresh in (
+            (self.lora_A, _initial_a(self.lora_A, max_rank)),
+            (self.lora_B, self.lora_B.new_zeros(max_rank, self.out_features)),
+        ):
+            fresh[:held] = parameter[:held]
+            parameter.data, parameter.grad = fresh, None
+        self.table.resize(max_rank)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, max_rank={self.max_rank}"
+
+
+def _initial_a(like: Tensor, max_rank: int) -> Tensor:
+    """``[max_rank, K]`` as PEFT draws it: uniform in +-1/sqrt(K)."""
+    bound = 1 / math.sqrt(max(like.shape[1], 1))
+    return like.new_empty(max_rank, like.shape[1]).uniform_(-bound, bound)
+
+
+def _is_trainable_dtype(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks)
+

@@ -1,0 +1,50 @@
+"""Which implementation of the primitives runs: asked for, or chosen by the device; never a silent fallback."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+from lrlora_ops import eager
+
+BACKENDS = ("triton", "eager", "reference")
+_PRIMITIVES: dict[str, ModuleType] = {"eager": eager}
+if importlib.util.find_spec("triton") is not None:
+    from lrlora_ops.kernels import primitives as _triton
+
+    _PRIMITIVES["triton"] = _triton
+# Triton decides at import whether a kernel is compiled or interpreted.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def resolve_backend(backend: str | None, device: torch.device) -> str:
+    """The name of the backend for tensors on ``device``.
+
+    Raises:
+        ValueError: The backend is unknown, or cannot run on the device; the message says why and what can.
+    """
+    if backend is None:
+        backend = "triton" if device.type == "cuda" else "eager"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of {BACKENDS}, or None to choose by device")
+    if backend == "triton":
+        _require_triton(device)
+    return backend
+
+
+def _require_triton(device: torch.device) -> None:
+    if "triton" not in _PRIMITIVES:
+        raise ValueError("backend 'triton' needs the triton package: pip install triton, or use backend='eager'")
+    if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETED):
+        raise ValueError(
+            f"backend 'triton' cannot run on {device.type} tensors: Triton needs a CUDA or ROCm device, or its "
+            "interpreter on the CPU (set TRITON_INTERPRET=1 before lrlora_ops is imported); use backend='eager'"
+        )
+
+
+def primitives(backend: str) -> ModuleType:
+    """The module that holds the primitives of a backend."""
+    return _PRIMITIVES[backend]

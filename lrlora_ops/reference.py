@@ -1,0 +1,76 @@
+"""The oracle of the parity tests: slow, obvious, in fp64, sharing no code with the backends.
+
+Gradients come from autograd through these loops.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrlora_ops.rank_table import RankTable
+
+
+def lora_linear_reference(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    gate: Tensor | None = None,
+    rank: int | Tensor | None = None,
+    scaling: float = 1.0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    base: Tensor | None = None,
+) -> Tensor:
+    """``y = base + scaling * sum_{j < rank} gate_j <x, a_j> b_j`` in fp64, shapes as for ``lora_linear``."""
+    x, lora_A, lora_B = x.double(), lora_A.double(), lora_B.double()
+    live = lora_A.shape[0] if rank is None else int(rank)
+    y = x.new_zeros(*x.shape[:-1], lora_B.shape[1])
+    if base is not None:
+        y = y + base.double()
+    if weight is not None:
+        y = y + torch.einsum("...k,nk->...n", x, weight.double())
+    if bias is not None:
+        y = y + bias.double()
+    for j in range(live):
+        factor = scaling if gate is None else scaling * gate[j].double()
+        y = y + factor * torch.einsum("...k,k,n->...n", x, lora_A[j], lora_B[j])
+    return y
+
+
+def grouped_lora_linear_reference(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    group_offsets: Tensor,
+    table: RankTable,
+    *,
+    gate: Tensor | None = None,
+    scaling: float = 1.0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    base: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """Expert by expert ``lora_linear_reference``; rows past the last offset are zero."""
+    x, offsets = x.double(), group_offsets.tolist()
+    pieces = []
+    for expert in range(table.num_experts):
+        rows = slice(offsets[expert], offsets[expert + 1])
+        own = table.components[expert, : int(table.ranks[expert])].long()
+        expert_weight = None if weight is None else (weight[expert].t() if transposed else weight[expert])
+        pieces.append(
+            lora_linear_reference(
+                x[rows],
+                lora_A[own],
+                lora_B[own],
+                gate=None if gate is None else gate[own],
+                scaling=scaling,
+                weight=expert_weight,
+                bias=None if bias is None else bias[expert],
+                base=None if base is None else base[rows],
+            )
+        )
+    pieces.append(x.new_zeros(x.shape[0] - offsets[-1], lora_B.shape[1]))
+    return torch.cat(pieces)

@@ -1,0 +1,38 @@
+"""What every test run has: interpreted kernels where there is no GPU, one CPU thread, GPU tests skipped by name."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+NO_GPU = "no GPU: needs an NVIDIA or AMD device"
+
+torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel is defined
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = sum(NO_GPU in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
+    if skipped:
+        terminalreporter.write_line(f"{skipped} GPU tests were skipped ({NO_GPU}); make gpu runs them")
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fill new uninitialized tensors with NaN, so that an output that a kernel leaves unwritten shows."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

@@ -1,0 +1,92 @@
+"""Imports run one way, Triton stays in the kernels, and the package needs nothing but its core dependencies."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# A unit is a module or package right under lrlora_ops; it may import itself and the layers above it in this list.
+# What is not listed (the package itself, the command line and what it is made of) comes last.
+LAYERS = [
+    {"rank_table", "routing"},
+    {"reference", "eager", "kernels", "_checks"},
+    {"ops"},
+    {"modules"},
+    {"methods"},
+    {"adapters", "_targets", "_checkpoint"},
+    {"integrations"},
+]
+UPWARD_ON_USE = {("adapters", "integrations")}  # Adapters.callback() and the like, inside a function
+
+OPTIONAL = ["triton", "transformers", "tokenizers", "accelerate", "peft", "typer", "rich", "matplotlib"]
+
+# Without its finder a distribution is as good as not installed, for try-imports and for find_spec alike.
+HIDE_OPTIONAL = f"""
+from importlib.machinery import PathFinder
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *args: None if name.partition(".")[0] in {OPTIONAL} else find_spec(name, *args)
+"""
+
+
+def layer(unit: str) -> int:
+    return next((i for i, units in enumerate(LAYERS) if unit in units), len(LAYERS))
+
+
+def imports(node: ast.AST, on_use: bool = False) -> Iterator[tuple[str, bool]]:
+    """Yield what is imported, and whether that happens only when a function is called."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((alias.name, on_use) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute here"
+            yield from ((f"{child.module}.{alias.name}", on_use) for alias in child.names)
+        yield from imports(child, on_use or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+def package_imports() -> Iterator[tuple[Path, str, str, bool]]:
+    """Yield (file, unit that imports, dotted name imported, on use) of every import in the package."""
+    for folder, prefix in ((ROOT / "lrlora_ops", ()), (ROOT / "kernels", ("kernels",))):
+        for path in folder.rglob("*.py"):
+            unit = (*prefix, *path.relative_to(folder).with_suffix("").parts)[0]
+            for name, on_use in imports(ast.parse(path.read_text())):
+                yield path.relative_to(ROOT), unit, name, on_use
+
+
+def test_imports_run_one_way():
+    wrong = []
+    for path, unit, name, on_use in package_imports():
+        package, _, rest = name.partition(".")
+        imported = rest.partition(".")[0]
+        if package != "lrlora_ops" or imported == unit or (on_use and (unit, imported) in UPWARD_ON_USE):
+            continue
+        if layer(imported) >= layer(unit) and layer(unit) < len(LAYERS):
+            wrong.append(f"{path} imports {name}")
+    assert not wrong
+
+
+def test_methods_know_modules_only_through_rank_tables():
+    names = [name for _, unit, name, _ in package_imports() if unit == "methods"]
+    known = {name.split(".")[1] for name in names if name.startswith("lrlora_ops.")}
+    assert known <= {"methods", "rank_table"}
+
+
+def test_triton_stays_in_the_kernels():
+    users = {unit for _, unit, name, _ in package_imports() if name.split(".")[0] == "triton"}
+    assert users == {"kernels"}
+
+
+def run(code: str) -> None:
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_works_without_any_optional_dependency():
+    run(HIDE_OPTIONAL + "import lrlora_ops; [getattr(lrlora_ops, name) for name in lrlora_ops.__all__]")
+
+
+def test_import_loads_no_optional_dependency():
+    # Triton is torch's to load or not.
+    run(f"import sys, lrlora_ops; loaded = sorted(set({OPTIONAL[1:]}) & set(sys.modules)); assert not loaded, loaded")
