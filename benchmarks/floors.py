@@ -38,19 +38,25 @@ class Cost:
         return 1e3 * max(self.bytes / machine.bandwidth, self.flops / machine.flops)
 
 
-def base_cost(shape: Shape, itemsize: int = 2) -> Cost:
-    """Forward and dx of the frozen layer: two products, each reading two matrices and writing one."""
+def base_cost(shape: Shape, itemsize: int = 2, *, backward: bool = True) -> Cost:
+    """The frozen layer, forward and if asked for dx: each a product that reads two matrices and writes one."""
     m, k, n = shape.M, shape.K, shape.N
-    return Cost(2 * itemsize * (m * k + k * n + m * n), 4 * m * k * n)
+    products = 2 if backward else 1
+    return Cost(products * itemsize * (m * k + k * n + m * n), products * 2 * m * k * n)
 
 
-def lora_cost(shape: Shape, rank: int, itemsize: int = 2, adapter_itemsize: int = 2) -> Cost:
-    """The adapter alone, forward and backward (dx, dA, dB, c), if every expand rides on a base product.
+def lora_cost(shape: Shape, rank: int, itemsize: int = 2, adapter_itemsize: int = 2, *, backward: bool = True) -> Cost:
+    """The adapter alone, forward and if asked for backward (dx, dA, dB, c), if every expand rides on a base product.
 
     x is read twice (U, dA) and dy once (V, dB, c); U and V are written once and read twice; A and B are read twice
     and their gradients written once. Six products of ``2 r`` FLOPs per element: U, dA, dx over K and y, V, dB over N.
+    Forward alone reads x, A and B once, writes and reads U, and has the products U and y. Rank 0 costs nothing.
     """
     m, k, n = shape.M, shape.K, shape.N
+    if rank == 0:
+        return Cost(0, 0)
+    if not backward:
+        return Cost(itemsize * m * (k + 2 * rank) + adapter_itemsize * rank * (k + n), 2 * m * rank * (k + n))
     activations = itemsize * (2 * m * k + m * n + 6 * m * rank)
     return Cost(activations + 3 * adapter_itemsize * rank * (k + n), 6 * m * rank * (k + n))
 

@@ -13,7 +13,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lrlora_ops import FixedRank, LearnedRank, apply_lora
+from lrlora_ops.methods import Method
 
 STEPS, BATCH, TEST_ROWS, LR = 1000, 128, 2048, 5e-3
 MAX_RANK = 24
@@ -79,16 +80,15 @@ class Block(nn.Module):
         return h + self.down(nn.functional.gelu(self.up(self.norm(h))))
 
 
-def dense(seed: int) -> Case:
-    """12 layers of 64 x 64; deltas of rank {0, 1, 2, 4, 8, 16} x 2 in random order.
+def dense(seed: int, ranks: tuple[int, ...] = (0, 1, 2, 4, 8, 16) * 2) -> Case:
+    """Residual blocks of two layers of 64 x 64 each; deltas of the given ranks in random order.
 
     A delta is a product of two Gaussian matrices, scaled to a quarter of the Frobenius norm of a base weight.
     """
     torch.manual_seed(seed)
     features = 64
-    student = nn.Sequential(*(Block(features) for _ in range(6)))
+    student = nn.Sequential(*(Block(features) for _ in range(len(ranks) // 2)))
     teacher = copy.deepcopy(student)
-    ranks = [0, 1, 2, 4, 8, 16] * 2
     layers = {name: layer for name, layer in teacher.named_modules() if isinstance(layer, nn.Linear)}
     planted = {name: ranks[i] for name, i in zip(layers, torch.randperm(len(ranks)).tolist(), strict=True)}
     for name, rank in planted.items():
@@ -115,7 +115,11 @@ def oracle(case: Case, steps: int) -> dict[str, FixedRank]:
 
 
 CASES: dict[str, Callable[[int], Case]] = {"dense": dense}
-METHODS: dict[str, Callable] = {"uniform": uniform, "learned": learned, "oracle": oracle}
+METHODS: dict[str, Callable[[Case, int], Method | Mapping[str, Method]]] = {
+    "uniform": uniform,
+    "learned": learned,
+    "oracle": oracle,
+}
 
 
 def spearman(a: list[int], b: list[int]) -> float:
@@ -137,7 +141,7 @@ def run(case_name: str, seed: int, method: str, steps: int = STEPS) -> Result:
     without_adapter = error(model, case.teacher, test).item()
 
     torch.manual_seed(seed)
-    adapters = apply_lora(model, METHODS[method](case, steps))
+    adapters = apply_lora(model, METHODS[method](case, steps), targets=list(case.planted))
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=LR, weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history = []
@@ -153,10 +157,10 @@ def run(case_name: str, seed: int, method: str, steps: int = STEPS) -> Result:
 
     model.eval()
     with torch.no_grad():
-        loss = error(model, case.teacher, test).item() / without_adapter
+        final = error(model, case.teacher, test).item() / without_adapter
     learned_ranks, planted = adapters.ranks(), list(case.planted.values())
     ranks = [int(learned_ranks[name]) for name in case.planted]
-    return Result(case_name, seed, method, loss, spearman(ranks, planted), case.budget, ranks, planted, history)
+    return Result(case_name, seed, method, final, spearman(ranks, planted), case.budget, ranks, planted, history)
 
 
 def error(model: nn.Module, teacher: nn.Module, x: Tensor) -> Tensor:
@@ -169,17 +173,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--case", choices=list(CASES), default="dense")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each arm")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args(argv)
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"--json: there is no directory {args.json.parent}; make it first")
+    if args.steps < 50:
+        parser.error(f"--steps is {args.steps}; it must be at least 50, to have a freeze with steps before and after")
+    try:
+        if args.json:
+            args.json.touch()
+    except OSError as problem:
+        parser.error(f"--json: cannot write {args.json}: {problem.strerror}; name another file")
     torch.set_num_threads(1)
     results = []
     print(f"{'seed':>4}  {'method':8}{'loss':>9}{'spearman':>10}{'freeze':>8}{'seconds':>9}  ranks (planted)")
     for seed in args.seeds:
         for method in args.methods:
             start = time.perf_counter()
-            results.append(run(args.case, seed, method))
+            results.append(run(args.case, seed, method, args.steps))
             print_row(results[-1], time.perf_counter() - start)
     for method in args.methods:
         losses = [result.loss for result in results if result.method == method]

@@ -35,9 +35,16 @@ GPU_SHAPES = [
     *_projections("8B", 8192, 4096, 1024, 14336),
     *_projections("70B", 8192, 8192, 1024, 28672),
 ]
+# The dense table of KERNELS.md: long batches of the 8B model.
+LONG_SHAPES = [
+    Shape("8B", "q_proj", 8192, 4096, 4096),
+    Shape("8B", "up_proj", 16384, 4096, 14336),
+    Shape("8B", "down_proj", 16384, 14336, 4096),
+    Shape("8B", "q_proj", 32768, 4096, 4096),
+]
 # What a CPU gets through in a benchmark's time.
 CPU_SHAPES = [
-    Shape("small", "q_proj", 512, 1024, 1024),
-    Shape("1B", "q_proj", 1024, 2048, 2048),
-    Shape("8B", "q_proj", 512, 4096, 4096),
+    Shape("1B", "q_proj", 2048, 2048, 2048),
+    Shape("8B", "q_proj", 1024, 4096, 4096),
+    Shape("1B", "up_proj", 1024, 2048, 8192),
 ]

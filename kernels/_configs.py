@@ -1,4 +1,4 @@
-"""Tile sizes of the kernels: data, chosen by the capacity of the rank and the device; the first is the safe one."""
+"""Tile sizes of the kernels: data, chosen by the capacity of the rank, the dtype and the device."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,15 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows by columns that one program works on, and how it is compiled."""
+    """What one program works on, and how it is compiled.
+
+    BLOCK_M rows, BLOCK_N columns (the step along K in shrink, along N in shrink_gram) and BLOCK_R rank slots (the step
+    along the rank in expand).
+    """
 
     block_m: int
     block_n: int
+    block_r: int
     num_warps: int
     num_stages: int
 
@@ -18,27 +23,46 @@ class Tile:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# block_n is the step along the reduced or written columns: K of shrink, N of the others.
+def _tiles(*rows: tuple[int, int, int, int, int]) -> dict[int, Tile]:
+    """One tile for each capacity: 16, 32, 64, and 128 for all above."""
+    return {capacity: Tile(*row) for capacity, row in zip((16, 32, 64, 128), rows, strict=True)}
+
+
 _CUDA = {
-    "shrink": {16: Tile(64, 128, 4, 4), 32: Tile(64, 128, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3)},
-    "expand": {16: Tile(64, 128, 4, 2), 32: Tile(64, 128, 4, 2), 64: Tile(64, 128, 4, 2), 128: Tile(64, 128, 4, 2)},
-    "gram": {16: Tile(64, 128, 4, 4), 32: Tile(64, 128, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3)},
-    "shrink_gram": {16: Tile(128, 64, 4, 3), 32: Tile(64, 64, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3)},
-    "reduce": {16: Tile(1, 64, 4, 2), 32: Tile(1, 64, 4, 2), 64: Tile(1, 32, 4, 2), 128: Tile(1, 32, 4, 2)},
+    "shrink": _tiles((64, 128, 16, 4, 4), (64, 128, 32, 4, 3), (64, 64, 64, 4, 3), (64, 64, 128, 4, 3)),
+    "expand": _tiles((64, 128, 16, 4, 2), (64, 128, 32, 4, 2), (64, 128, 32, 4, 2), (64, 128, 32, 4, 2)),
+    "gram": _tiles((64, 128, 16, 4, 4), (64, 128, 32, 4, 3), (64, 64, 64, 4, 3), (64, 64, 128, 4, 3)),
+    "shrink_gram": _tiles((128, 64, 16, 4, 3), (64, 64, 32, 4, 3), (64, 64, 64, 4, 3), (64, 64, 128, 4, 3)),
+}
+# Without tensor cores the operands of a product sit in registers.
+_CUDA_FP32 = {
+    "shrink": _tiles((64, 32, 16, 4, 3), (64, 32, 32, 4, 3), (64, 32, 64, 4, 3), (64, 32, 128, 8, 3)),
+    "expand": _tiles((64, 64, 16, 4, 2), (64, 64, 16, 4, 2), (64, 64, 16, 4, 2), (64, 64, 16, 4, 2)),
+    "gram": _tiles((32, 64, 16, 4, 3), (32, 64, 32, 4, 3), (32, 64, 64, 4, 3), (32, 64, 128, 8, 3)),
+    "shrink_gram": _tiles((64, 32, 16, 8, 3), (64, 32, 32, 4, 3), (64, 32, 64, 4, 3), (64, 32, 128, 8, 3)),
 }
 # 64 KB of shared memory, and a pipeline that pays less for depth.
 _HIP = {
-    name: {block_r: Tile(tile.block_m, min(tile.block_n, 64), 4, 2) for block_r, tile in tiles.items()}
-    for name, tiles in _CUDA.items()
+    "shrink": _tiles((64, 64, 16, 4, 2), (64, 64, 32, 4, 2), (64, 64, 64, 4, 2), (64, 64, 128, 4, 2)),
+    "expand": _tiles((64, 64, 16, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 2)),
+    "gram": _tiles((64, 64, 16, 4, 2), (64, 64, 32, 4, 2), (64, 64, 64, 4, 2), (64, 64, 128, 4, 2)),
+    "shrink_gram": _tiles((128, 64, 16, 4, 2), (64, 64, 32, 4, 2), (64, 64, 64, 4, 2), (64, 64, 128, 4, 2)),
 }
-CONFIGS = {"cuda": _CUDA, "hip": _HIP}
+_HIP_FP32 = {
+    "shrink": _tiles((64, 32, 16, 4, 2), (64, 32, 32, 4, 2), (64, 32, 64, 4, 2), (64, 32, 128, 4, 2)),
+    "expand": _tiles((64, 64, 16, 4, 2), (64, 64, 16, 4, 2), (64, 64, 16, 4, 2), (64, 64, 16, 4, 2)),
+    "gram": _tiles((32, 64, 16, 4, 2), (32, 64, 32, 4, 2), (32, 64, 64, 4, 2), (32, 64, 128, 4, 2)),
+    "shrink_gram": _tiles((64, 32, 16, 4, 2), (64, 32, 32, 4, 2), (64, 32, 64, 4, 2), (64, 32, 128, 4, 2)),
+}
+# By family of GPUs and bytes of an element.
+CONFIGS = {("cuda", 2): _CUDA, ("cuda", 4): _CUDA_FP32, ("hip", 2): _HIP, ("hip", 4): _HIP_FP32}
 
 
 def backend() -> str:
-    """The family of GPUs that this torch is built for: a key of CONFIGS."""
+    """The family of GPUs that this torch is built for."""
     return "hip" if torch.version.hip else "cuda"
 
 
-def tile_for(kernel: str, block_r: int) -> Tile:
-    """The tile of a kernel on this machine, for a rank capacity of BLOCK_R."""
-    return CONFIGS[backend()][kernel][block_r]
+def tile_for(kernel: str, width: int, dtype: torch.dtype) -> Tile:
+    """The tile of a kernel on this machine, for U and V of ``width`` columns and a product of tiles of ``dtype``."""
+    return CONFIGS[backend(), dtype.itemsize][kernel][min(width, 128)]

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrlora_ops.kernels._configs import tile_for
-from lrlora_ops.kernels._tiles import expert_tiles, pool_rows, rank_block
+from lrlora_ops.kernels._tiles import expert_tiles, pool_rows
+
+_BLOCK_N = 128
+_BLOCK_S = 32
 
 
 @triton.jit
@@ -55,28 +57,30 @@ def reduce_kernel(
     GROUPED: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
 ):
-    """BLOCK_R rank slots of one expert by BLOCK_N columns. Grid: (column tiles, E * rank tiles)."""
-    expert = tl.program_id(1) // (WIDTH // BLOCK_R)
-    offs_r = tl.program_id(1) % (WIDTH // BLOCK_R) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One rank slot of one expert by BLOCK_N columns, BLOCK_S slabs at a time. Grid: (E * WIDTH, column tiles)."""
+    expert = tl.program_id(0) // WIDTH
+    slot = tl.program_id(0) % WIDTH
     rank = tl.load(ranks_ptr + expert)
-    mask = (offs_r < rank)[:, None] & (offs_n < num_cols)[None, :]
+    if slot >= rank:
+        return
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_cols
     first, end = slabs_of(expert, group_offsets_ptr, num_experts, num_slabs, SPLITS, GROUPED, BLOCK_M, BLOCK_E)
 
-    acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
-    slab = (first.to(tl.int64) * WIDTH + offs_r)[:, None] * num_cols + offs_n[None, :]
-    for _ in range(first, end):
-        acc += tl.load(partial_ptr + slab, mask=mask, other=0.0)
-        slab += WIDTH * num_cols
+    acc = tl.zeros((BLOCK_S, BLOCK_N), dtype=tl.float32)
+    for s in range(first, end, BLOCK_S):
+        offs_s = s + tl.arange(0, BLOCK_S)
+        partial = (offs_s.to(tl.int64) * WIDTH + slot)[:, None] * num_cols + offs_n[None, :]
+        acc += tl.load(partial_ptr + partial, mask=(offs_s < end)[:, None] & mask_n[None, :], other=0.0)
 
-    rows = pool_rows(components_ptr, expert, offs_r, rank, max_rank, HAS_TABLE)
-    out = acc * scaling
+    row = pool_rows(components_ptr, expert, slot, rank, max_rank, HAS_TABLE)
+    out = tl.sum(acc, 0) * scaling
     if HAS_GATE:
-        out *= tl.load(gate_ptr + rows, mask=offs_r < rank, other=0.0)[:, None]
-    tl.store(d_ptr + rows[:, None] * num_cols + offs_n[None, :], out.to(d_ptr.dtype.element_ty), mask=mask)
+        out *= tl.load(gate_ptr + row)
+    tl.store(d_ptr + row * num_cols + offs_n, out.to(d_ptr.dtype.element_ty), mask=mask_n)
 
 
 def reduce_slabs(
@@ -94,12 +98,10 @@ def reduce_slabs(
     """Sums ``partial`` ``[slabs, WIDTH, N]`` into the live rows of d ``[R, N]``; see ``slabs_of`` for which."""
     num_slabs, width, num_cols = partial.shape
     num_experts = ranks.shape[0]
-    block_r = rank_block(width)
-    tile = tile_for("reduce", block_r)
-    grid = (triton.cdiv(num_cols, tile.block_n), num_experts * (width // block_r))
     if d.numel() == 0:
         return
-    reduce_kernel[grid](
+    block_n = min(triton.next_power_of_2(num_cols), _BLOCK_N)
+    reduce_kernel[(num_experts * width, triton.cdiv(num_cols, block_n))](
         partial,
         d,
         gate,
@@ -118,7 +120,7 @@ def reduce_slabs(
         GROUPED=group_offsets is not None,
         BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_M=block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_R=block_r,
-        **tile.launch_options(),
+        BLOCK_S=_BLOCK_S if block_n > 1 else 128,
+        BLOCK_N=block_n,
+        enable_fp_fusion=True,
     )

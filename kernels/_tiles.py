@@ -6,13 +6,11 @@ import triton.language as tl
 
 
 def padded_rank(max_rank: int) -> int:
-    """Columns of a U or V buffer: a power of two from 16 to 128, then a multiple of 128."""
+    """Columns of a U or V buffer: a power of two from 16 to 128, then a multiple of 128.
+
+    From the capacity, never from the current rank, so that no rank change recompiles.
+    """
     return max(16, triton.next_power_of_2(max_rank)) if max_rank <= 128 else triton.cdiv(max_rank, 128) * 128
-
-
-def rank_block(max_rank: int) -> int:
-    """BLOCK_R: from the capacity, never from the current rank, so that no rank change recompiles."""
-    return min(padded_rank(max_rank), 128)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

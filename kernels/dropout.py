@@ -23,18 +23,20 @@ def dropout_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of BLOCK_M rows by BLOCK_K columns. Grid: (row tiles, column tiles)."""
+    """One tile of BLOCK_M rows by BLOCK_K columns; one random draw serves four. Grid: (row tiles, column tiles)."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = (offs_m < num_rows)[:, None] & (offs_k < num_cols)[None, :]
-    zero = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.uint32)
+    offs_quad = tl.program_id(1) * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
+    zero = tl.zeros((BLOCK_M, BLOCK_K // 4), dtype=tl.uint32)
     row = zero + offs_m.to(tl.uint32)[:, None]
-    col = zero + offs_k.to(tl.uint32)[None, :]
-    random, _, _, _ = tl.philox(tl.load(seed_ptr), col, row, zero, zero)
+    quad = zero + offs_quad.to(tl.uint32)[None, :]
+    random_0, random_1, random_2, random_3 = tl.philox(tl.load(seed_ptr), quad, row, zero, zero)
+    random = tl.join(tl.join(random_0, random_2), tl.join(random_1, random_3)).reshape(BLOCK_M, BLOCK_K)
     keep = tl.uint_to_uniform_float(random) >= p
 
     x = tl.load(x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0)
-    out = tl.where(keep, x.to(tl.float32) / (1 - p), 0.0)
+    out = tl.where(keep, x.to(tl.float32) * (1 / (1 - p)), 0.0)
     offs = offs_m.to(tl.int64)[:, None] * num_cols + offs_k[None, :]
     if ACCUMULATE:
         out += tl.load(out_ptr + offs, mask=mask, other=0.0).to(tl.float32)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrlora_ops.kernels._configs import tile_for
-from lrlora_ops.kernels._tiles import check_in_place, dot_precision, locate_tile, pool_rows, rank_block, row_tiles
+from lrlora_ops.kernels._tiles import check_in_place, dot_precision, locate_tile, pool_rows, row_tiles
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -50,6 +50,11 @@ def expand_kernel(
     mask_n = offs_n < num_cols
     rank = tl.load(ranks_ptr + expert)
 
+    offs = offs_m.to(tl.int64)[:, None] * num_cols + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    if HAS_BASE:  # first, to be on its way during the product
+        base = tl.load(base_ptr + offs, mask=mask, other=0.0)
+
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for r in range(0, rank, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
@@ -63,11 +68,9 @@ def expand_kernel(
             b = b.to(tl.float32) * tl.load(gate_ptr + rows, mask=mask_r, other=0.0)[:, None]
         acc = tl.dot(u, b.to(u.dtype), acc, input_precision=PRECISION)
 
-    offs = offs_m.to(tl.int64)[:, None] * num_cols + offs_n[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
     out = acc * scaling
     if HAS_BASE:
-        out += tl.load(base_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        out += base.to(tl.float32)
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -83,8 +86,7 @@ def _launch(
     group_offsets: Tensor | None,
 ) -> None:
     num_rows, num_cols, num_experts = out.shape[0], out.shape[1], ranks.shape[0]
-    block_r = rank_block(u.shape[1])
-    tile = tile_for("expand", block_r)
+    tile = tile_for("expand", u.shape[1], u.dtype)
     grid = (row_tiles(num_rows, num_experts, tile.block_m), triton.cdiv(num_cols, tile.block_n))
     if out.numel() == 0:
         return
@@ -111,7 +113,7 @@ def _launch(
         BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        BLOCK_R=block_r,
+        BLOCK_R=tile.block_r,
         **tile.launch_options(),
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrlora_ops.kernels._configs import tile_for
 from lrlora_ops.kernels._reduce import reduce_slabs
-from lrlora_ops.kernels._tiles import dot_precision, pool_rows, rank_block, row_major, source_rows
+from lrlora_ops.kernels._tiles import dot_precision, pool_rows, row_major, source_rows
 
 # Enough programs to fill the largest GPU about four times over.
 _TARGET_PROGRAMS = 512
@@ -109,10 +109,9 @@ def gram(
     """
     u, y = u.contiguous(), row_major(y)
     num_rows, num_cols, num_experts, width = u.shape[0], y.shape[1], ranks.shape[0], u.shape[1]
-    block_r = rank_block(width)
-    tile = tile_for("gram", block_r)
+    tile = tile_for("gram", width, y.dtype)
     d = torch.zeros(pool_size, num_cols, dtype=dtype, device=y.device)
-    columns, pairs = triton.cdiv(num_cols, tile.block_n), num_experts * (width // block_r)
+    columns, pairs = triton.cdiv(num_cols, tile.block_n), num_experts * (width // tile.block_r)
     splits = row_splits(num_rows, num_experts, columns * pairs, tile.block_m)
     if num_rows == 0 or d.numel() == 0:
         return d
@@ -140,7 +139,7 @@ def gram(
         PRECISION=dot_precision(y.dtype),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        BLOCK_R=block_r,
+        BLOCK_R=tile.block_r,
         **tile.launch_options(),
     )
     if splits > 1:

@@ -15,7 +15,6 @@ from lrlora_ops.kernels._tiles import (
     locate_tile,
     padded_rank,
     pool_rows,
-    rank_block,
     row_major,
     row_tiles,
     source_rows,
@@ -89,11 +88,11 @@ def shrink(
     """
     x, a = row_major(x), a.contiguous()
     num_rows = x.shape[0] if row_index is None else row_index.shape[0]
-    width, block_r = padded_rank(max_rank), rank_block(max_rank)
+    width = padded_rank(max_rank)
     u = (x.new_empty if group_offsets is None else x.new_zeros)(num_rows, width)
-    tile = tile_for("shrink", block_r)
+    tile = tile_for("shrink", width, x.dtype)
     num_experts = ranks.shape[0]
-    grid = (row_tiles(num_rows, num_experts, tile.block_m), width // block_r)
+    grid = (row_tiles(num_rows, num_experts, tile.block_m), width // tile.block_r)
     if num_rows:
         shrink_kernel[grid](
             x,
@@ -116,7 +115,7 @@ def shrink(
             BLOCK_E=triton.next_power_of_2(num_experts),
             BLOCK_M=tile.block_m,
             BLOCK_K=tile.block_n,
-            BLOCK_R=block_r,
+            BLOCK_R=tile.block_r,
             **tile.launch_options(),
         )
     return u

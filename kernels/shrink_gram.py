@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrlora_ops.kernels._configs import tile_for
 from lrlora_ops.kernels._reduce import reduce_slabs
-from lrlora_ops.kernels._tiles import dot_precision, locate_tile, pool_rows, rank_block, row_major, row_tiles
+from lrlora_ops.kernels._tiles import dot_precision, locate_tile, pool_rows, row_major, row_tiles
 from lrlora_ops.kernels.gram import gram
 
 
@@ -96,8 +96,7 @@ def shrink_gram(
     """v ``[L, WIDTH]`` in dy's dtype, d_b ``[R, N]`` in b's dtype and c ``[R]`` in fp32, for dy ``[L, N]``."""
     dy, u = row_major(dy), u.contiguous()
     num_rows, num_cols, num_experts, width = dy.shape[0], dy.shape[1], ranks.shape[0], u.shape[1]
-    block_r = rank_block(width)
-    tile = tile_for("shrink_gram", block_r)
+    tile = tile_for("shrink_gram", width, dy.dtype)
     tiles = row_tiles(num_rows, num_experts, tile.block_m)
     fused = fuses_gram(width, tile.block_m, dy.element_size())
     v = (dy.new_empty if group_offsets is None else dy.new_zeros)(u.shape)
@@ -105,7 +104,7 @@ def shrink_gram(
     d_partial = u.new_empty(tiles if fused else 0, width, num_cols, dtype=torch.float32)
     c = torch.zeros(b.shape[0], dtype=torch.float32, device=dy.device)
     if num_rows:
-        shrink_gram_kernel[(tiles, width // block_r)](
+        shrink_gram_kernel[(tiles, width // tile.block_r)](
             dy,
             b.contiguous(),
             u,
@@ -128,7 +127,7 @@ def shrink_gram(
             BLOCK_E=triton.next_power_of_2(num_experts),
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
-            BLOCK_R=block_r,
+            BLOCK_R=tile.block_r,
             **tile.launch_options(),
         )
     reduce_slabs(c_partial, c[:, None], ranks, scaling, None, components, group_offsets, block_m=tile.block_m)

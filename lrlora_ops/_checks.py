@@ -23,15 +23,15 @@ def check_lora_linear(
     _check_rank(rank, lora_A.shape[0])
     if gate is not None:
         _check_shape("gate", gate, (lora_A.shape[0],))
-        wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if gate.dtype != wanted:
-            raise ValueError(f"gate is {gate.dtype}; it must be {wanted}: use gate.to({wanted})")
+        if gate.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"gate is {gate.dtype}; it must be torch.float32 or torch.float64: use gate.float()")
     if weight is not None and base is not None:
         raise ValueError("both weight and base are given; give weight to compute the base product here, or base")
     if bias is not None and weight is None:
         raise ValueError("bias is given without weight; add it to base instead")
     check_base(x, lora_B.shape[1], weight, bias, base)
-    check_devices(x, lora_A=lora_A, lora_B=lora_B, gate=gate, weight=weight, bias=bias, base=base)
+    on_device = rank if isinstance(rank, Tensor) else None
+    check_devices(x, lora_A=lora_A, lora_B=lora_B, gate=gate, rank=on_device, weight=weight, bias=bias, base=base)
 
 
 def check_base(x: Tensor, out_features: int, weight: Tensor | None, bias: Tensor | None, base: Tensor | None) -> None:
@@ -89,11 +89,20 @@ def _check_pool(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
 
 
 def _check_rank(rank: int | Tensor | None, pool_size: int) -> None:
+    if rank is None:
+        return
     if isinstance(rank, Tensor):
         if rank.dtype != torch.int32 or rank.numel() != 1:
-            raise ValueError(f"rank is a {rank.dtype} tensor of shape {tuple(rank.shape)}; it must be one int32")
-    elif rank is not None and not 0 <= rank <= pool_size:
-        raise ValueError(f"rank is {rank}; it must be from 0 to {pool_size}, the rows of lora_A")
+            raise ValueError(
+                f"rank is a {rank.dtype} tensor of shape {tuple(rank.shape)}; it must hold one int32: "
+                "torch.tensor(rank, dtype=torch.int32)"
+            )
+        if not rank.is_cpu or type(rank) is not Tensor or torch.compiler.is_compiling():
+            return  # reading it would wait for the device, or break the graph
+    elif not isinstance(rank, int):
+        raise ValueError(f"rank is {rank!r}; it must be an integer, an int32 tensor of one element, or None")
+    if not 0 <= int(rank) <= pool_size:
+        raise ValueError(f"rank is {int(rank)}; it must be from 0 to {pool_size}, the rows of lora_A")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -11,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lrlora_ops import _checkpoint
-from lrlora_ops._targets import choose_methods, find_targets, replace_module
+from lrlora_ops._targets import call_every_layer, choose_methods, find_targets, replace_module
 from lrlora_ops.methods import Method, Policy
 from lrlora_ops.modules import VariableRankLoRALinear
 
@@ -36,7 +39,7 @@ def apply_lora(
             method's, and freezes nothing; if it has none and ``method`` is a mapping, its patterns are the targets.
         lora_alpha: Of new adapters; default ``2 * max_rank``.
         dropout: Of new adapters.
-        dtype: Of the new adapters' parameters; default each layer's.
+        dtype: Of the new adapters' parameters; default fp32.
 
     Returns:
         The handle for training, saving and merging.
@@ -48,26 +51,44 @@ def apply_lora(
         targets = list(method)
     found = find_targets(model, targets)
     served = choose_methods(list(found), method)
-    adapters: dict[str, VariableRankLoRALinear] = {}
-    for chosen, names in served:
-        for name in names:
-            layer = found[name]
-            if targets is not None:
-                options: dict[str, Any] = {"lora_alpha": lora_alpha, "dropout": dropout, "dtype": dtype}
-                rank, max_rank = chosen.initial_rank, chosen.max_rank
-                layer = VariableRankLoRALinear.from_linear(layer, max_rank=max_rank, rank=rank, **options)
-            elif layer.max_rank < chosen.max_rank:
-                raise ValueError(f"{name} has max_rank {layer.max_rank}, below the method's {chosen.max_rank}; lower that")
-            adapters[name] = layer
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        modules = {
+            name: _adapter(name, found[name], chosen, lora_alpha=lora_alpha, dropout=dropout, dtype=dtype)
+            for chosen, names in served
+            for name in names
+        }
+        for chosen, names in served:  # on copies: it may raise, and it may set ranks
+            chosen.policy({name: copy.deepcopy(modules[name].table) for name in names})
+    except Exception:
+        for parameter in trainable:
+            parameter.requires_grad_()
+        raise
     if targets is not None:
         model.requires_grad_(False)
-        for name, adapter in adapters.items():
-            replace_module(model, found[name], adapter)
-    else:
-        for chosen, names in served:
-            for name in names:
-                adapters[name].set_rank(chosen.initial_rank)
-    return Adapters(model, adapters, served)
+        for name, module in modules.items():
+            replace_module(model, found[name], module)
+    for chosen, names in served:
+        for name in names:
+            modules[name].set_rank(chosen.initial_rank)
+    call_every_layer(model)
+    return Adapters(model, modules, served)
+
+
+def _adapter(name: str, layer: nn.Module, method: Method, **options: Any) -> VariableRankLoRALinear:
+    """The layer itself if it is an adapter, or a new one around it."""
+    if not isinstance(layer, VariableRankLoRALinear):
+        try:
+            options |= {"max_rank": method.max_rank, "rank": method.initial_rank}
+            return VariableRankLoRALinear.from_linear(layer, **options)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if layer.max_rank < method.initial_rank:
+        raise ValueError(
+            f"{name} has max_rank {layer.max_rank}, but the method needs {method.initial_rank}; make the layer larger "
+            "with resize, or lower the method's rank"
+        )
+    return layer
 
 
 def _has_adapters(model: nn.Module) -> bool:
@@ -134,16 +155,17 @@ class Adapters:
     def summary(self) -> str:
         """Print, and return, a line per adapter and the totals: rank, live parameters, memory held."""
         lines = [f"{'adapter':<48} {'in':>7} {'out':>7} {'rank':>5} {'max':>4} {'parameters':>12} {'KiB held':>9}"]
-        totals = [0, 0, 0]
+        ranks = parameters = kib = 0.0
         for name, module in self.modules.items():
             rank, width = int(module.rank), module.in_features + module.out_features
-            row = [rank, rank * width, module.max_rank * width * module.lora_A.element_size() // 1024]
-            totals = [total + value for total, value in zip(totals, row, strict=True)]
+            held = module.max_rank * width * module.lora_A.element_size() / 1024
+            ranks, parameters, kib = ranks + rank, parameters + rank * width, kib + held
             lines.append(
-                f"{name:<48} {module.in_features:>7} {module.out_features:>7} {row[0]:>5} {module.max_rank:>4} "
-                f"{row[1]:>12,} {row[2]:>9,}"
+                f"{name:<48} {module.in_features:>7} {module.out_features:>7} {rank:>5} {module.max_rank:>4} "
+                f"{rank * width:>12,} {held:>9,.1f}"
             )
-        lines.append(f"{f'total of {len(self.modules)}':<48} {'':>15} {totals[0]:>5} {'':>4} {totals[1]:>12,} {totals[2]:>9,}")
+        total = f"total of {len(self.modules)}"
+        lines.append(f"{total:<48} {'':>15} {ranks:>5.0f} {'':>4} {parameters:>12,.0f} {kib:>9,.1f}")
         text = "\n".join(lines)
         print(text)
         return text
@@ -207,7 +229,14 @@ class Adapters:
                 merged[name] = module.merge()
             except (ValueError, RuntimeError) as error:
                 raise type(error)(f"{name}: {error}") from error
+        uses = Counter(id(p) for owner in self.model.modules() for p in owner._parameters.values() if p is not None)
         for name, module in self.modules.items():
+            if uses[id(module.weight)] > 1:
+                warnings.warn(
+                    f"{name} shared its weight with a layer that keeps the old one; tell the model's config before "
+                    "saving it (tie_word_embeddings=False), or loading ties them again",
+                    stacklevel=2,
+                )
             replace_module(self.model, module, merged[name])
         self.modules = {}
         return self.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -97,11 +98,12 @@ class RankTable(nn.Module):
         Raises:
             ValueError: A rank is negative or above ``max_rank``, there are not E of them, or the pool is too
                 small. The table is unchanged then.
+            TypeError: A rank is not an integer.
 
         Reads the table on the host. A method that changes ranks at every step writes ``ranks`` and
         ``train_ranks`` of a reserved table in place instead.
         """
-        wanted = [int(rank) for rank in ranks]
+        wanted = [index(rank) for rank in ranks]
         self._check(wanted)
         owned, current = self.components.tolist(), self.ranks.tolist()
         new_rows: list[int] = []
@@ -161,6 +163,9 @@ class RankTable(nn.Module):
 
     def reset_training_state(self) -> None:
         """Training runs exactly the components that evaluation runs."""
+        if self.train_ranks.device != self.ranks.device:  # a state dict was assigned to a table on the meta device
+            self.train_ranks = torch.empty_like(self.ranks)
+            self.gate = torch.empty_like(self.gate, device=self.ranks.device).requires_grad_()
         self.train_ranks.copy_(self.ranks)
         with torch.no_grad():
             self.gate.fill_(1.0)

@@ -19,6 +19,7 @@ LAYERS = [
     {"adapters", "_targets", "_checkpoint"},
     {"integrations"},
 ]
+PARTS = {"_checkpoint": "adapters", "_targets": "adapters"}  # modules that are one unit with another
 UPWARD_ON_USE = {("adapters", "integrations")}  # Adapters.callback() and the like, inside a function
 
 OPTIONAL = ["triton", "transformers", "tokenizers", "accelerate", "peft", "typer", "rich", "matplotlib"]
@@ -29,6 +30,10 @@ from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *args: None if name.partition(".")[0] in {OPTIONAL} else find_spec(name, *args)
 """
+
+
+def unit_of(*names: str) -> str:
+    return PARTS.get(names[0], names[0])
 
 
 def layer(unit: str) -> int:
@@ -50,7 +55,7 @@ def package_imports() -> Iterator[tuple[Path, str, str, bool]]:
     """Yield (file, unit that imports, dotted name imported, on use) of every import in the package."""
     for folder, prefix in ((ROOT / "lrlora_ops", ()), (ROOT / "kernels", ("kernels",))):
         for path in folder.rglob("*.py"):
-            unit = (*prefix, *path.relative_to(folder).with_suffix("").parts)[0]
+            unit = unit_of(*prefix, *path.relative_to(folder).with_suffix("").parts)
             for name, on_use in imports(ast.parse(path.read_text())):
                 yield path.relative_to(ROOT), unit, name, on_use
 
@@ -58,8 +63,8 @@ def package_imports() -> Iterator[tuple[Path, str, str, bool]]:
 def test_imports_run_one_way():
     wrong = []
     for path, unit, name, on_use in package_imports():
-        package, _, rest = name.partition(".")
-        imported = rest.partition(".")[0]
+        package, *names = name.split(".")
+        imported = unit_of(*names, "")
         if package != "lrlora_ops" or imported == unit or (on_use and (unit, imported) in UPWARD_ON_USE):
             continue
         if layer(imported) >= layer(unit) and layer(unit) < len(LAYERS):

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lrlora_ops import eager
@@ -27,6 +29,7 @@ from tests._oracle import (
 )
 
 triton_ops = importlib.import_module("lrlora_ops.kernels.primitives")
+triton_gram = importlib.import_module("lrlora_ops.kernels.gram")
 triton_shrink_gram = importlib.import_module("lrlora_ops.kernels.shrink_gram")
 padded_rank = importlib.import_module("lrlora_ops.kernels._tiles").padded_rank
 
@@ -47,20 +50,22 @@ CASES = {
     "second rank tile half live": Case((200,), 256, rows=20, in_features=48, out_features=40),
     "second rank tile dead": Case((100,), 256, rows=20, in_features=48, out_features=40),
     "dense gather": Case((6,), 8, rows=70, in_features=36, out_features=20, gather=True),
-    "splits": Case((5,), 8, rows=530, in_features=20, out_features=12),  # gram cuts the rows in shares
-    "grouped splits": Case((5, 2), 8, 1100, in_features=20, out_features=12, group_sizes=(900, 190)),
     "ragged": Case((0, 3, 16, 5), 16, 72, 40, 24, group_sizes=(7, 0, 64, 1)),  # rank 0, no rows, a full tile, one row
-    "hot expert": Case((1, 1, 1, 1), 2, 130, 40, 24, group_sizes=(0, 0, 130, 0), gather=True),
+    "hot expert": Case((4, 4, 4, 4), 5, 130, 40, 24, group_sizes=(0, 0, 130, 0), gather=True),
     "rows of no expert": Case((2, 0, 4), 4, 83, 40, 24, group_sizes=(3, 5, 66), gather=True),
     "no expert has rows": Case((3, 4), 4, 6, 40, 24, group_sizes=(0, 0)),
     "one expert": Case((3,), 4, 70, 40, 24, group_sizes=(66,)),
     "experts of two rank tiles": Case((130, 3), 140, 10, 20, 24, group_sizes=(4, 6), gather=True),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-each_backend = pytest.mark.parametrize(("backend", "dtype"), EAGER + TRITON, ids=lambda p: str(p).removeprefix("torch."))
+each_backend = pytest.mark.parametrize(
+    ("backend", "dtype"), EAGER + TRITON, ids=lambda p: str(p).removeprefix("torch.")
+)
 
 
-def setup(case: Case, backend: str, dtype: torch.dtype, adapter_dtype: torch.dtype | None = None) -> tuple[ModuleType, Inputs]:
+def setup(
+    case: Case, backend: str, dtype: torch.dtype, adapter_dtype: torch.dtype | None = None
+) -> tuple[ModuleType, Inputs]:
     """The backend's primitives, and inputs where it runs, with u as wide as it makes it."""
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     width = padded_rank(case.max_rank) if backend == "triton" else case.max_rank
@@ -151,9 +156,83 @@ def test_shrink_gram(case, backend, dtype):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", ["no tile divides", "second rank tile half live", "splits", "ragged", "no rows"])
+@pytest.mark.parametrize("name", ["no tile divides", "second rank tile half live", "ragged", "no rows"])
 def test_both_plans_of_shrink_gram(name, fused, monkeypatch):
     """The launcher picks a plan by size; both must hold at every size."""
     monkeypatch.setattr(triton_shrink_gram, "fuses_gram", lambda *_: fused)
     ops, inputs = setup(CASES[name], "triton", torch.float16)
     check_shrink_gram(ops, inputs, True, torch.float16)
+
+
+@pytest.mark.parametrize("splits", [2, 5])  # of 65 rows: two unequal shares, and shares without a row
+@pytest.mark.parametrize("name", ["no tile divides", "second rank tile half live", "ragged", "dense gather"])
+def test_gram_splits(name, splits, monkeypatch):
+    """The launcher splits the rows of few experts over programs; the sum must not depend on how many."""
+    monkeypatch.setattr(triton_gram, "row_splits", lambda *_: splits)
+    ops, inputs = setup(CASES[name], "triton", torch.float16)
+    check_gram(ops, inputs, True, torch.float16)
+
+
+def test_row_splits_fill_the_machine_with_shares_worth_a_program():
+    assert triton_gram.row_splits(0, 1, 0, 64) == 1
+    assert triton_gram.row_splits(100, 1, 1, 64) == 1
+    assert triton_gram.row_splits(8192, 1, 32, 64) == 16  # 512 programs
+    assert triton_gram.row_splits(8192, 64, 4 * 64, 64) == 1  # no expert has enough rows
+
+
+@pytest.mark.parametrize("name", ["no tile divides", "ragged"])
+@pytest.mark.parametrize(("backend", "dtype"), [("eager", torch.float16), ("eager", torch.bfloat16), TRITON[1]])
+def test_adapters_in_fp32(name, backend, dtype):
+    """Half-precision activations, fp32 adapters and gradients, and a base that a layer in fp32 computed."""
+    case = CASES[name]
+    ops, inputs = setup(case, backend, dtype, adapter_dtype=torch.float32)
+    check_shrink(ops, inputs, case.max_rank, dtype)
+    check_expand(ops, inputs, inputs.base, True, dtype)
+    check_expand(ops, inputs, inputs.base.float(), True, dtype)
+    check_gram(ops, inputs, True, dtype)
+    check_shrink_gram(ops, inputs, True, dtype)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_gram_of_two_dtypes(backend):
+    """V of an fp32 output and a half-precision x: summed as x is."""
+    ops, inputs = setup(CASES["ragged"], backend, torch.float16)
+    inputs.u = inputs.u.float()
+    check_gram(ops, inputs, True, torch.float16)
+
+
+# The bounds of BLOCK_R and of eager's segments; eager is checked at every rank.
+@pytest.mark.parametrize("max_rank", [1, 16, 17, 32, 33, 64, 65, 128, 129, 256])
+def test_any_rank(max_rank):
+    for rank in (max_rank - 1, max_rank):
+        ops, inputs = setup(Case((rank,), max_rank, rows=2, in_features=3, out_features=5), "triton", torch.float32)
+        check_shrink(ops, inputs, max_rank, torch.float32)
+        check_expand(ops, inputs, None, True, torch.float32)
+        check_gram(ops, inputs, True, torch.float32)
+        check_shrink_gram(ops, inputs, True, torch.float32)
+
+
+def test_any_rank_eager():
+    for rank in range(257):
+        ops, inputs = setup(Case((rank,), 256, rows=2, in_features=3, out_features=5), "eager", torch.float32)
+        check_shrink(ops, inputs, 256, torch.float32)
+        check_expand(ops, inputs, None, True, torch.float32)
+        check_gram(ops, inputs, True, torch.float32)
+        check_shrink_gram(ops, inputs, True, torch.float32)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(sizes=st.lists(st.integers(0, 140), min_size=1, max_size=4), trailing=st.integers(0, 70), data=st.data())
+def test_any_grouping(sizes, trailing, data):
+    """Every row is in one tile, and every tile in one slab of its expert, however the rows are dealt out.
+
+    Sums of small whole numbers are exact in any order.
+    """
+    ranks = data.draw(st.lists(st.integers(0, 5), min_size=len(sizes), max_size=len(sizes)))
+    case = Case(tuple(ranks), 5, sum(sizes) + trailing, 3, 5, group_sizes=tuple(sizes))
+    for backend in ("eager", "triton"):
+        ops, inputs = setup(case, backend, torch.float32)
+        inputs.dy, inputs.b, inputs.u = (3 * inputs.dy).round(), (3 * inputs.b).round(), (3 * inputs.u).round()
+        actual = ops.shrink_gram(inputs.dy, inputs.b, inputs.u, inputs.ranks, SCALING, **inputs.table())
+        for got, exact in zip(actual, expected_shrink_gram(inputs, False, torch.float64), strict=True):
+            assert torch.equal(got.double(), exact)

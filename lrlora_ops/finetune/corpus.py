@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lrlora_ops.finetune.errors import CommandError
+
 SKIPPED_FOLDERS = {
     "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip",  # not everywhere, or not the library
     "site-packages", "dist-packages", "__pycache__",
@@ -60,7 +62,7 @@ def library_source(folder: Path | None = None) -> Corpus:
     """Source files of Python's standard library; 5% of the files are held out.
 
     Raises:
-        ValueError: ``folder`` (default: this Python's library) has no source, as when it is zipped.
+        CommandError: ``folder`` (default: this Python's library) has no source, as when it is zipped.
     """
     folder = folder or Path(sysconfig.get_path("stdlib"))
     paths = sorted(folder.rglob("*.py"))
@@ -68,7 +70,7 @@ def library_source(folder: Path | None = None) -> Corpus:
     texts = dict.fromkeys(path.read_text(encoding="utf-8", errors="replace") for path in paths)
     texts.pop("", None)
     if len(texts) < 2:
-        raise ValueError(
+        raise CommandError(
             f"{folder} holds no Python source to train on; run with a Python that ships its library as .py files"
         )
     train, held_out = _split(list(texts), 0.05)
@@ -79,13 +81,13 @@ def reference_text(source: Corpus) -> Corpus:
     """The English of ``help()``'s topics; 10% of the topics are held out.
 
     A paragraph that also occurs in training is taken out of the held-out topics. A Python without
-    ``pydoc_data`` gives its docstrings instead, split like the files of ``source`` that they are in.
+    ``pydoc_data`` gives its docstrings instead (and the name ``docstrings``), split like the files of ``source`` that they are in.
     """
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
         train, held_out = _docstrings(source.train), _docstrings(source.held_out)
-        name = "docstrings (this Python has no pydoc_data)"
+        name = "docstrings"
     else:
         train, held_out = _split([topics[name] for name in sorted(topics)], 0.1)
         name = "reference text"
@@ -122,4 +124,4 @@ def unicode_lines() -> Corpus:
     starts = range(0, len(lines), UNICODE_BLOCK_LINES)
     blocks = ["\n".join(lines[start : start + UNICODE_BLOCK_LINES]) + "\n" for start in starts]
     train, held_out = _split(blocks, 0.1)
-    return Corpus(f"Unicode {unicodedata.unidata_version} lines", tuple(train), tuple(held_out))
+    return Corpus("Unicode lines", tuple(train), tuple(held_out))

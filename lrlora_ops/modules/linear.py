@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrlora_ops.modules._merge import check_merge
 from lrlora_ops.ops import lora_linear
 from lrlora_ops.rank_table import RankTable
+
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class VariableRankLoRALinear(nn.Module):
@@ -40,6 +44,10 @@ class VariableRankLoRALinear(nn.Module):
         ValueError: A size, the rank or the dropout is out of range.
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    base_layer: nn.Module | None
+
     def __init__(
         self,
         in_features: int,
@@ -53,7 +61,7 @@ class VariableRankLoRALinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype).requires_grad_(False)
         super().__init__()
         self._adopt(base)
         self._add_adapter(in_features, out_features, max_rank, rank, lora_alpha, dropout, base.weight.device, dtype)
@@ -76,36 +84,38 @@ class VariableRankLoRALinear(nn.Module):
         Args:
             layer: Has ``in_features`` and ``out_features``, and maps ``[..., K]`` to ``[..., N]``.
             max_rank, rank, lora_alpha, dropout: As for the class.
-            dtype: Of ``lora_A`` and ``lora_B``; default the layer's if that is a floating type, else fp32.
+            dtype: Of ``lora_A`` and ``lora_B``; default fp32, as PEFT does, since updates of a trained bf16 parameter
+                are lost in rounding; fp64 for an fp64 layer.
 
         Raises:
             ValueError: The layer does not say its sizes, or an argument is out of range.
         """
         if isinstance(layer, VariableRankLoRALinear):
-            raise ValueError("the layer is a VariableRankLoRALinear already; change it with set_rank, or merge it first")
-        try:
-            sizes = int(layer.in_features), int(layer.out_features)
-        except AttributeError as error:
+            raise ValueError(
+                "the layer is a VariableRankLoRALinear already; change it with set_rank, or merge it first"
+            )
+        sizes = [getattr(layer, name, None) for name in ("in_features", "out_features")]
+        if None in sizes:
             raise ValueError(
                 f"{type(layer).__name__} has no in_features and out_features; give it these attributes, or write "
                 "the adapter with lora_linear(x, ..., base=layer(x))"
-            ) from error
+            )
         weight = getattr(layer, "weight", None)
         if dtype is None:
-            dtype = weight.dtype if isinstance(weight, Tensor) and _is_trainable_dtype(weight.dtype) else torch.float32
+            dtype = torch.float64 if isinstance(weight, Tensor) and weight.dtype == torch.float64 else torch.float32
         device = next((p.device for p in [*layer.parameters(), *layer.buffers()]), torch.device("cpu"))
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._adopt(layer)
         self._add_adapter(*sizes, max_rank, rank, lora_alpha, dropout, device, dtype)
+        layer.requires_grad_(False)
         return self
 
     def _adopt(self, layer: nn.Module) -> None:
-        layer.requires_grad_(False)
-        plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not _has_hooks(layer)
+        plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not _is_customised(layer)
         self.base_layer = None if plain else layer
-        self.register_parameter("weight", layer.weight if plain else None)
-        self.register_parameter("bias", layer.bias if plain else None)
+        self.register_parameter("weight", layer.weight if plain else None)  # type: ignore[arg-type]
+        self.register_parameter("bias", layer.bias if plain else None)  # type: ignore[arg-type]
 
     def _add_adapter(
         self,
@@ -121,11 +131,12 @@ class VariableRankLoRALinear(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
         self.in_features, self.out_features, self.dropout = in_features, out_features, dropout
-        self.table = RankTable.uniform(1, rank, max_rank, device=device)
+        self.table = RankTable(1, max_rank, max_rank, device)
         self.lora_alpha = 2.0 * max_rank if lora_alpha is None else lora_alpha
         self.scaling = self.lora_alpha / max_rank if max_rank else 0.0
         self.lora_A = nn.Parameter(_initial_a(torch.empty(0, in_features, device=device, dtype=dtype), max_rank))
         self.lora_B = nn.Parameter(torch.zeros(max_rank, out_features, device=device, dtype=dtype))
+        self.set_rank(rank)
 
     @property
     def max_rank(self) -> int:
@@ -168,8 +179,8 @@ class VariableRankLoRALinear(nn.Module):
         Raises:
             ValueError: The rank is not from 0 to ``max_rank``.
         """
-        if not 0 <= rank <= self.max_rank:
-            raise ValueError(f"rank is {rank}; it must be from 0 to max_rank, {self.max_rank}")
+        if not isinstance(rank, int) or not 0 <= rank <= self.max_rank:
+            raise ValueError(f"rank is {rank!r}; it must be an integer from 0 to max_rank, {self.max_rank}")
         slots = torch.arange(self.max_rank, device=self.lora_B.device)
         born = (slots >= self.table.ranks) & (slots < rank)
         self.lora_B.masked_fill_(born[:, None], 0.0)
@@ -177,51 +188,43 @@ class VariableRankLoRALinear(nn.Module):
         self.table.reset_training_state()
 
     @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """``[N, K]``: what ``merge`` adds to the weight, ``scaling * sum_{j < rank} outer(b_j, a_j)``, in fp32 or wider."""
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        live = torch.arange(self.max_rank, device=self.lora_B.device) < self.table.ranks
-        lora_B = self.lora_B.to(dtype).masked_fill(~live[:, None], 0.0)
-        return self.scaling * (lora_B.t() @ self.lora_A.to(dtype).masked_fill(~live[:, None], 0.0))
+    def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """``[N, K]``: what ``merge`` adds to the weight, ``scaling * sum_{j < rank} outer(b_j, a_j)``.
+
+        Args:
+            dtype: To compute in; default fp32, or fp64 for an fp64 adapter.
+        """
+        dtype = dtype or torch.promote_types(self.lora_A.dtype, torch.float32)
+        dead = (torch.arange(self.max_rank, device=self.lora_B.device) >= self.table.ranks)[:, None]
+        lora_A, lora_B = (p.to(dtype).masked_fill(dead, 0.0) for p in (self.lora_A, self.lora_B))
+        return self.scaling * (lora_B.t() @ lora_A)
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
         """A copy of the base layer with the update in its weight, checked against this module's forward.
 
         Raises:
-            ValueError: The base layer has no floating-point weight ``[N, K]`` to add to.
+            ValueError: The base layer has no plain floating-point weight ``[N, K]`` to add to.
             RuntimeError: The merged layer's output differs from the adapter's.
         """
-        weight = self.weight if self.base_layer is None else getattr(self.base_layer, "weight", None)
+        weight: Any = self.weight if self.base_layer is None else getattr(self.base_layer, "weight", None)
         shape = (self.out_features, self.in_features)
-        if not isinstance(weight, Tensor) or not _is_trainable_dtype(weight.dtype) or weight.shape != shape:
+        if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in _FLOATING or weight.shape != shape:
             raise ValueError(
-                f"{type(self.base_layer).__name__} has no floating-point weight of shape {shape} to merge into; "
+                f"the base layer has no plain floating-point weight of shape {shape} to merge into; "
                 "keep the adapter beside it, or wrap the unquantised layer"
             )
         if self.base_layer is None:
             merged: nn.Module = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
             merged.bias = self.bias
+            merged.train(self.training)
         else:
             merged = copy.deepcopy(self.base_layer)
-        sum_dtype = torch.promote_types(weight.dtype, torch.float32)
-        merged.weight = nn.Parameter((weight.to(sum_dtype) + self.delta_weight()).to(weight.dtype), requires_grad=False)
-        self._check_merge(merged.train(self.training), weight)
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, self.lora_A.dtype), torch.float32)
+        sum_ = weight.to(dtype) + self.delta_weight(dtype)
+        merged.weight = nn.Parameter(sum_.to(weight.dtype), requires_grad=False)
+        check_merge(self, merged, weight, self.delta_weight(torch.float64))
         return merged
-
-    def _check_merge(self, merged: nn.Module, weight: Tensor) -> None:
-        """Merging rounds the weight once to its dtype: a few roundings of a sum over K, no more."""
-        probe = torch.randn(16, self.in_features, device=weight.device, dtype=weight.dtype)
-        was_training = self.training
-        expected = self.eval()(probe)
-        self.train(was_training)
-        difference = (merged(probe) - expected).double().norm()
-        allowed = 8 * torch.finfo(weight.dtype).eps * expected.double().norm()
-        if not difference <= allowed:
-            raise RuntimeError(
-                f"the merged layer differs from the adapter's forward by {difference:.3g} (allowed {allowed:.3g}); the "
-                "adapter was not merged. Is there a NaN in it, or does the base layer transform its weight?"
-            )
 
     @torch.no_grad()
     def resize(self, max_rank: int) -> None:
@@ -253,11 +256,6 @@ def _initial_a(like: Tensor, max_rank: int) -> Tensor:
     return like.new_empty(max_rank, like.shape[1]).uniform_(-bound, bound)
 
 
-def _is_trainable_dtype(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks)
-
+def _is_customised(layer: nn.Module) -> bool:
+    """Whether the layer has hooks or a forward of its own, as accelerate gives it: only calling it heeds them."""
+    return "forward" in vars(layer) or any(value for key, value in vars(layer).items() if key.endswith("_hooks"))

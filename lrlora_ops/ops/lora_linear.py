@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lrlora_ops import _checks
 from lrlora_ops.ops._backends import primitives, resolve_backend
+from lrlora_ops.ops._backward import differentiable_once, without_autocast
 from lrlora_ops.reference import lora_linear_reference
+
+_CAST_BY_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -46,9 +49,19 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, gate, weight, ranks, seed, u = ctx.saved_tensors
+    @differentiable_once("lora_linear")
+    def backward(
+        ctx: Any,
+        dy: Tensor,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        gate: Tensor | None,
+        weight: Tensor | None,
+        ranks: Tensor,
+        seed: Tensor | None,
+        u: Tensor,
+    ) -> tuple[Tensor | None, ...]:
         needs_x, needs_a, needs_b, needs_gate, needs_base = ctx.needs_input_grad[:5]
         ops, scaling = primitives(ctx.backend), ctx.scaling
         d_x = d_a = d_b = d_gate = None
@@ -61,7 +74,7 @@ class LoRALinearFunction(torch.autograd.Function):
             x_dropped = x if seed is None else ops.dropout(x, seed, ctx.dropout)
             d_a = ops.gram(v, x_dropped, ranks, lora_A.shape[0], scaling, lora_A.dtype, gate)
         if needs_x:
-            d_x = torch.zeros_like(x) if weight is None else dy @ weight
+            d_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if weight is None else dy @ weight
             if seed is None:
                 ops.expand_(d_x, v, lora_A, ranks, scaling, gate)
             else:
@@ -93,7 +106,7 @@ def lora_linear(
         x: ``[..., K]`` in fp32, fp16 or bf16 (fp64 on the eager and reference backends).
         lora_A: ``[R, K]``, one row a component, in x's dtype or fp32.
         lora_B: ``[R, N]``, one row a component, likewise.
-        gate: fp32 ``[R]`` (fp64 for fp64 inputs), or None for ones. Its gradient is the sensitivity of each
+        gate: fp32 or fp64 ``[R]``, or None for ones. Its gradient is the sensitivity of each
             live component, ``c_j = dL/dgate_j``, also where the gate is zero.
         rank: How many leading components are live: an int, an int32 tensor of one element on x's device (read
             there, so that a new value neither recompiles nor synchronises), or None for all R.
@@ -114,9 +127,7 @@ def lora_linear(
             backend cannot run here.
         RuntimeError: The result is differentiated twice; ``backend="reference"`` supports that.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias, base = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias, base))
+    x, weight, bias, base = _autocast(x, weight, bias, base)  # type: ignore[assignment]
     _checks.check_lora_linear(x, lora_A, lora_B, gate, rank, weight, bias, base)
     backend = resolve_backend(backend, x.device)
     _checks.check_backend_dtypes(backend, x=x, lora_A=lora_A, lora_B=lora_B, base=base)
@@ -130,13 +141,14 @@ def lora_linear(
         )
         return y.to(x.dtype if base is None else base.dtype)
     seed = torch.randint(2**62, (), device=x.device) if dropout else None
-    with torch.autocast(x.device.type, enabled=False):
+    rows, out_features = math.prod(x.shape[:-1]), lora_B.shape[1]
+    with without_autocast(x.device):
         y = LoRALinearFunction.apply(
-            x.reshape(-1, x.shape[-1]),
+            x.reshape(rows, x.shape[-1]),
             lora_A,
             lora_B,
-            gate,
-            None if base is None else base.reshape(-1, lora_B.shape[1]),
+            None if gate is None else gate.to(torch.promote_types(x.dtype, torch.float32)),
+            None if base is None else base.reshape(rows, out_features),
             weight,
             bias,
             _rank_tensor(rank, lora_A),
@@ -145,7 +157,16 @@ def lora_linear(
             scaling,
             backend,
         )
-    return y.view(*x.shape[:-1], lora_B.shape[1])
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """The operands of the base product in the dtype that ``F.linear`` would compute in."""
+    operands = [x, *others]
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return operands
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [t if t is None or t.dtype not in _CAST_BY_AUTOCAST else t.to(dtype) for t in operands]
 
 
 def _rank_tensor(rank: int | Tensor | None, lora_A: Tensor) -> Tensor:

@@ -1,0 +1,47 @@
+"""A progress bar that shows what training is about: loss, speed, ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lrlora_ops import Adapters
+
+
+@contextmanager
+def training_progress(
+    console: Console, title: str, steps: int, tokens_per_step: int, adapters: Adapters | None = None
+) -> Iterator[Callable[[float], None]]:
+    """Show a bar; what it yields is called with the loss after every step."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=steps, status="")
+        start, done, smooth = time.perf_counter(), 0, 0.0
+
+        def on_step(loss: float) -> None:
+            nonlocal done, smooth
+            done += 1
+            smooth = loss if done == 1 else 0.95 * smooth + 0.05 * loss
+            speed = done * tokens_per_step / (time.perf_counter() - start)
+            status = f"loss {smooth:.3f} · {speed:,.0f} tokens/s{_ranks(adapters)}"
+            progress.update(task, completed=done, status=status)
+
+        yield on_step
+
+
+def _ranks(adapters: Adapters | None) -> str:
+    if adapters is None:
+        return ""
+    ranks = [int(rank) for rank in adapters.ranks().values()]
+    return f" · ranks {min(ranks)}/{sum(ranks) / len(ranks):.1f}/{max(ranks)} min/avg/max"

@@ -1,0 +1,71 @@
+"""How fast this machine trains, with how many threads, and how many steps that leaves in the time."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+OPTIMIZER_SHARE = 1.15  # a training step takes this much longer than its forward and backward pass
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def seconds_per_step(model: nn.Module, batch: Tensor, steps: int = 10) -> float:
+    """Median time of a forward and backward pass after the first; gradients are dropped, nothing is trained."""
+    times = []
+    for _ in range(1 + steps):
+        start = time.perf_counter()
+        model(input_ids=batch, labels=batch).loss.backward()
+        if batch.is_cuda:
+            torch.cuda.synchronize(batch.device)
+        times.append(time.perf_counter() - start)
+        model.zero_grad()
+    return sorted(times[1:])[steps // 2]
+
+
+def choose_threads(model: nn.Module, batch: Tensor) -> dict[int, float]:
+    """Time 1, 2, 4, ... threads and set the fastest: on busy cores two can be many times slower than one.
+
+    Returns:
+        Seconds per step by number of threads; the last one is the first that did not help.
+    """
+    seconds: dict[int, float] = {}
+    threads = 1
+    while threads <= usable_cores():
+        torch.set_num_threads(threads)
+        seconds[threads] = seconds_per_step(model, batch)
+        if seconds[threads] > min(seconds.values()):
+            break
+        threads *= 2
+    torch.set_num_threads(min(seconds, key=seconds.__getitem__))
+    return seconds
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds: of a pretraining step, of a fine-tuning step in all arms together, of all measuring."""
+
+    pretraining: float
+    fine_tuning: float
+    measuring: float
+
+    def scaled(self, factor: float) -> Costs:
+        """The costs on a machine that turns out to be slower by ``factor``."""
+        return Costs(factor * self.pretraining, factor * self.fine_tuning, factor * self.measuring)
+
+    def total(self, pretraining: int, fine_tuning: int) -> float:
+        """Seconds for so many steps, measuring included."""
+        return pretraining * self.pretraining + fine_tuning * self.fine_tuning + self.measuring
+
+    def fit(self, pretraining: int, fine_tuning: int, available: float, least: int = 10) -> tuple[int, int]:
+        """Cut both numbers of steps by the same factor until they fit ``available`` seconds, to ``least`` at most."""
+        training = self.total(pretraining, fine_tuning) - self.measuring
+        factor = min(1.0, (available - self.measuring) / training)
+        return tuple(min(steps, max(least, int(factor * steps))) for steps in (pretraining, fine_tuning))  # type: ignore

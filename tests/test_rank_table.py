@@ -1,0 +1,234 @@
+"""RankTable: who owns which components, through growth, shrinkage, failure, saving, copying and moving."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lrlora_ops import RankTable
+
+
+def owned(table: RankTable) -> list[list[int]]:
+    """Pool rows of each expert, in the order of its components."""
+    return [rows[:rank] for rows, rank in zip(table.components.tolist(), table.ranks.tolist(), strict=True)]
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> RankTable:
+    num_experts, max_rank = draw(st.integers(1, 5)), draw(st.integers(0, 6))
+    return RankTable(num_experts, max_rank, draw(st.integers(0, num_experts * max_rank)))
+
+
+@st.composite
+def affordable_ranks(draw: st.DrawFn, table: RankTable) -> list[int]:
+    ranks, left = [], table.pool_size
+    for _ in range(table.num_experts):
+        ranks.append(draw(st.integers(0, min(table.max_rank, left))))
+        left -= ranks[-1]
+    return draw(st.permutations(ranks))
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """A table under any sequence of requests, beside what it must hold: ``expected``, pool rows by expert."""
+
+    @initialize(table=tables())
+    def start(self, table: RankTable) -> None:
+        self.table, self.expected = table, [[] for _ in range(table.num_experts)]
+
+    @rule(data=st.data())
+    def set_ranks(self, data: st.DataObject) -> None:
+        ranks = data.draw(affordable_ranks(self.table))
+        before = self.expected
+        new = self.table.set_ranks(ranks)
+        self.expected = owned(self.table)
+        assert new.dtype == torch.int64
+        grown = []
+        for old, now, rank in zip(before, self.expected, ranks, strict=True):
+            kept = min(len(old), rank)
+            assert now[:kept] == old[:kept], "an expert lost a component that it should have kept"
+            grown += now[kept:]
+        assert new.tolist() == grown
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.table.pool_size)
+    def ask_for_too_much(self, data: st.DataObject) -> None:
+        ranks = data.draw(affordable_ranks(self.table))
+        spoiled = data.draw(st.sampled_from(["negative", "above max_rank", "above the pool", "too few", "too many"]))
+        if spoiled == "above the pool":
+            ranks = [self.table.max_rank] * self.table.num_experts
+            if sum(ranks) <= self.table.pool_size:
+                return
+        elif spoiled in ("too few", "too many"):
+            ranks = ranks[:-1] if spoiled == "too few" else [*ranks, 0]
+        else:
+            ranks[data.draw(st.integers(0, len(ranks) - 1))] = -1 if spoiled == "negative" else self.table.max_rank + 1
+        with pytest.raises(ValueError, match="rank"):
+            self.table.set_ranks(ranks)
+
+    @rule()
+    def move_through_a_state_dict(self) -> None:
+        state = copy.deepcopy(self.table.state_dict())
+        self.table = RankTable(self.table.num_experts, self.table.max_rank, self.table.pool_size)
+        self.table.load_state_dict(state)
+
+    @rule(how=st.sampled_from(["deepcopy", "pickle"]))
+    def copy(self, how: str) -> None:
+        if how == "deepcopy":
+            self.table = copy.deepcopy(self.table)
+        else:
+            buffer = io.BytesIO()
+            torch.save(self.table, buffer)
+            buffer.seek(0)
+            self.table = torch.load(buffer, weights_only=False)
+
+    @invariant()
+    def owns_what_it_should(self) -> None:
+        assert owned(self.table) == self.expected
+        assert torch.equal(self.table.train_ranks, self.table.ranks)
+        assert torch.equal(self.table.gate, torch.ones(self.table.pool_size))
+
+    @invariant()
+    def every_live_row_has_one_owner(self) -> None:
+        live = [row for rows in owned(self.table) for row in rows]
+        assert len(set(live)) == len(live)
+        assert all(0 <= row < self.table.pool_size for row in live)
+
+    @invariant()
+    def a_reserved_row_stays_with_its_expert(self) -> None:
+        if self.table.reserved:
+            max_rank = self.table.max_rank
+            for expert, rows in enumerate(owned(self.table)):
+                assert rows == list(range(expert * max_rank, expert * max_rank + len(rows)))
+
+
+TestAnyHistory = AnyHistory.TestCase
+TestAnyHistory.settings = settings(max_examples=50, stateful_step_count=12, deadline=None, derandomize=True)
+
+
+def test_uniform():
+    table = RankTable.uniform(3, 2)
+    assert (table.max_rank, table.pool_size, table.ranks.tolist()) == (2, 6, [2, 2, 2])
+    table = RankTable.uniform(3, 2, max_rank=5, pool_size=7)
+    assert (table.max_rank, table.pool_size, table.ranks.tolist()) == (5, 7, [2, 2, 2])
+    assert table.ranks.dtype == table.components.dtype == table.train_ranks.dtype == torch.int32
+    assert not table.reserved and RankTable(2, 3, 6).reserved
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((0, 4, 0), "num_experts is 0"),
+        ((2, -1, 0), "max_rank is -1"),
+        ((2, 4, -1), "pool_size is -1"),
+        ((2, 4, 9), "lower pool_size or raise max_rank"),
+    ],
+)
+def test_impossible_sizes(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        RankTable(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([2, 5], "rank 5 of expert 1 is outside 0..4; raise max_rank"),
+        ([-1, 2], "rank -1 of expert 0"),
+        ([4, 3], "sum to 7, but the pool holds 6 components; raise the pool size"),
+        ([1], "has 1 entries; it must have one per expert, 2"),
+    ],
+)
+def test_impossible_ranks(ranks, message):
+    with pytest.raises(ValueError, match=message):
+        RankTable(2, 4, 6).set_ranks(ranks)
+
+
+@pytest.mark.parametrize("ranks", [[2.0, 2.0], torch.tensor([2.5, 2.0])])
+def test_ranks_are_integers(ranks):
+    with pytest.raises(TypeError, match="integer"):
+        RankTable(2, 4, 6).set_ranks(ranks)
+
+
+def test_freed_rows_are_used_again():
+    table = RankTable.uniform(2, 3, max_rank=6, pool_size=6)
+    assert sorted(table.set_ranks([0, 6]).tolist()) == [0, 1, 2]
+
+
+def test_ranks_may_be_a_tensor():
+    table = RankTable(2, 4, 6)
+    table.set_ranks(torch.tensor([4, 2]))
+    assert table.ranks.tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gate_stays_fp32(dtype):
+    """Half-precision gates would lose the sensitivity, which is the gate's gradient."""
+    table = RankTable.uniform(2, 3)
+    with torch.no_grad():
+        table.gate[1] = 0
+    table.train_ranks[0] = 2
+    table.to(dtype)
+    assert table.gate.dtype == torch.float32 and table.gate.requires_grad and table.gate.is_leaf
+    assert table.gate.tolist() == [1, 0, 1, 1, 1, 1]
+    assert table.train_ranks.tolist() == [2, 3]
+    assert table.ranks.dtype == table.train_ranks.dtype == torch.int32
+    assert RankTable.uniform(2, 3).double().gate.dtype == torch.float64
+
+
+def test_materialised_from_meta():
+    """Made on meta, allocated, loaded: what transformers and FSDP do with large models."""
+    source = RankTable.uniform(2, 3, max_rank=4, pool_size=7)
+    with torch.device("meta"):
+        table = RankTable(2, 4, 7)
+    assert table.gate.is_meta and table.ranks.is_meta
+    table.to_empty(device="cpu")
+    table.load_state_dict(source.state_dict())
+    assert owned(table) == owned(source)
+    assert table.train_ranks.tolist() == [3, 3]
+    assert table.gate.tolist() == [1] * 7 and table.gate.requires_grad
+    assert table.to("meta").gate.is_meta and table.train_ranks.is_meta
+
+
+def test_a_copy_is_on_its_own():
+    original = RankTable.uniform(1, 2, max_rank=4)
+    copied = copy.deepcopy(original)
+    copied.load_state_dict(RankTable.uniform(1, 3, max_rank=4).state_dict())
+    assert (original.train_ranks.item(), copied.train_ranks.item()) == (2, 3)
+
+
+def test_state_dict_holds_ownership_alone():
+    """Gates and training ranks belong to a method; they must not reach checkpoints, optimizers or DDP."""
+    table = RankTable.uniform(2, 3)
+    assert set(table.state_dict()) == {"components", "ranks"}
+    assert list(table.parameters()) == []
+
+
+def test_sensitivity_accumulates_until_cleared():
+    table = RankTable.uniform(1, 3)
+    assert table.sensitivity.tolist() == [0, 0, 0]
+    c = torch.tensor([1.0, -2.0, 0.5])
+    (table.gate @ c).backward()
+    (table.gate @ c).backward()
+    assert torch.equal(table.sensitivity, 2 * c)
+    memory = table.sensitivity.data_ptr()
+    assert torch.equal(copy.deepcopy(table).sensitivity, 2 * c)
+    table.clear_statistics()
+    assert table.sensitivity.tolist() == [0, 0, 0]
+    (table.gate @ c).backward()
+    assert torch.equal(table.sensitivity, c)
+    assert table.sensitivity.data_ptr() == memory  # a captured graph keeps writing there
+
+
+def test_set_ranks_writes_in_place():
+    """Captured graphs, compiled code and optimizers hold these tensors."""
+    table = RankTable.uniform(2, 3, max_rank=4)
+    tensors = (table.components, table.ranks, table.train_ranks, table.gate)
+    table.set_ranks([4, 1])
+    assert all(
+        a is b for a, b in zip(tensors, (table.components, table.ranks, table.train_ranks, table.gate), strict=True)
+    )
