@@ -10,7 +10,6 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3
 NVIDIA := $(shell command -v nvidia-smi 2>/dev/null)
 AMD := $(if $(NVIDIA),,$(shell command -v rocm_agent_enumerator 2>/dev/null))
 TORCH_BACKEND ?= $(if $(NVIDIA)$(AMD),auto)
-JOBS ?= $(shell nproc)
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -19,7 +18,7 @@ demo: $(VENV)/.installed-cli  ## Fine-tune a small language model with learned r
 	$(BIN)/lrlora demo $(ARGS)
 
 test: $(VENV)/.installed-test  ## Run all tests that this machine can run
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## Check style and types
 	$(BIN)/ruff check

@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--steps is {args.steps}; it must be at least 50, to have a freeze with steps before and after")
     try:
         if args.json:
-            args.json.touch()
+            args.json.open("a").close()
     except OSError as problem:
         parser.error(f"--json: cannot write {args.json}: {problem.strerror}; name another file")
     torch.set_num_threads(1)

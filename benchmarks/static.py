@@ -121,7 +121,7 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    rows = report(list(cases(arguments.target, arguments.quick)), arguments.jobs, console)
+    rows = report(cases(arguments.target or list(TARGETS), arguments.quick), arguments.jobs, console)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     for target in TARGETS:

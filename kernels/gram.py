@@ -13,8 +13,8 @@ from lrlora_ops.kernels._configs import tile_for
 from lrlora_ops.kernels._reduce import reduce_slabs
 from lrlora_ops.kernels._tiles import dot_precision, pool_rows, row_major, source_rows
 
-# Enough programs to fill the largest GPU about four times over.
-_TARGET_PROGRAMS = 512
+# Two programs for each multiprocessor of a large GPU: more would write more partial sums and hide no more latency.
+_TARGET_PROGRAMS = 256
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -81,7 +81,7 @@ def gram_kernel(
         acc *= scaling
         if HAS_GATE:
             acc *= tl.load(gate_ptr + rows, mask=offs_r < rank, other=0.0)[None, :]
-    d = d_ptr + rows.to(tl.int64)[None, :] * num_cols + offs_n[:, None]
+    d = d_ptr + rows[None, :] * num_cols + offs_n[:, None]
     tl.store(d, acc.to(d_ptr.dtype.element_ty), mask=(offs_r < rank)[None, :] & mask_n[:, None])
 
 

@@ -13,10 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from lrlora_ops.rank_table import RankTable
 
 if TYPE_CHECKING:
     from lrlora_ops.adapters import Adapters
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
 STATE_FILE = "lrlora_state.json"
 VERSION = 1
 _MODULE_TENSORS = ("lora_A", "lora_B", "table.components", "table.ranks")
+_SAME = "call apply_lora with the model, method and targets that were saved"
 
 
 def save(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
     """Write the checkpoint; see ``Adapters.save``."""
+    if not adapters.modules:
+        raise ValueError("the adapters are merged into the model, so there is nothing to save; save the model")
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     tensors, policies = _policy_state(adapters)
@@ -39,7 +43,7 @@ def save(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
         "version": VERSION,
         "tensors": tensor_file,
         "modules": {name: _settings(module) for name, module in adapters.modules.items()},
-        "methods": [_describe(method, names) for method, names in adapters.methods],
+        "methods": _describe(adapters),
         "policies": policies,
     }
     save_file(tensors, path / tensor_file)
@@ -56,15 +60,12 @@ def save(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
 
 def load(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
     """Restore a checkpoint; see ``Adapters.load``. Everything is checked before anything is written."""
-    state, tensors = _read(Path(directory))
-    wanted = {name: _settings(module) for name, module in adapters.modules.items()}
-    _compare("modules", _without_max_rank(state["modules"]), _without_max_rank(wanted))
-    _compare("methods", state["methods"], json.loads(json.dumps([_describe(m, names) for m, names in adapters.methods])))
-    missing = [f"{name}.{key}" for name in wanted for key in _MODULE_TENSORS if f"{name}.{key}" not in tensors]
-    if missing:
-        raise ValueError(f"the checkpoint lacks the tensor {missing[0]}; it is damaged, load another one")
-    for name, settings in state["modules"].items():
-        _check_tensors(name, settings, tensors)
+    path = Path(directory)
+    state, tensors = _read(path)
+    try:
+        _check(adapters, state, tensors)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); load another checkpoint") from error
     for name, module in adapters.modules.items():
         held = state["modules"][name]["max_rank"]
         if module.max_rank != held:
@@ -72,9 +73,7 @@ def load(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
             module.resize(held)
         module.load_state_dict({key: tensors[f"{name}.{key}"] for key in _MODULE_TENSORS}, strict=False)
     for index, policy in enumerate(adapters.policies):
-        prefix = f"policies.{index}."
-        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        policy.load_state_dict(own | state["policies"][index])
+        policy.load_state_dict(_state_of_policy(index, state, tensors))
 
 
 def _policy_state(adapters: Adapters) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -83,21 +82,29 @@ def _policy_state(adapters: Adapters) -> tuple[dict[str, Tensor], list[dict[str,
     rest = []
     for index, policy in enumerate(adapters.policies):
         state = policy.state_dict()
-        tensors |= {f"policies.{index}.{key}": v.cpu().contiguous() for key, v in state.items() if isinstance(v, Tensor)}
+        tensors |= {
+            f"policies.{index}.{key}": v.cpu().contiguous() for key, v in state.items() if isinstance(v, Tensor)
+        }
         rest.append({key: value for key, value in state.items() if not isinstance(value, Tensor)})
     return tensors, rest
+
+
+def _state_of_policy(index: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What ``_policy_state`` took apart."""
+    prefix = f"policies.{index}."
+    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return own | state["policies"][index]
 
 
 def _settings(module: Any) -> dict[str, Any]:
     return {key: getattr(module, key) for key in ("in_features", "out_features", "max_rank", "scaling", "dropout")}
 
 
-def _describe(method: Any, names: list[str]) -> dict[str, Any]:
-    return {"method": type(method).__name__, "settings": asdict(method), "adapters": names}
-
-
-def _without_max_rank(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: {k: v for k, v in settings.items() if k != "max_rank"} for name, settings in modules.items()}
+def _describe(adapters: Adapters) -> list[dict[str, Any]]:
+    """The methods as JSON gives them back."""
+    methods: list[tuple[Any, list[str]]] = adapters.methods
+    described = [{"method": type(m).__name__, "settings": asdict(m), "adapters": names} for m, names in methods]
+    return json.loads(json.dumps(described))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -105,38 +112,44 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileNotFoundError(f"{path} holds no {STATE_FILE}; give the directory that Adapters.save wrote")
     try:
         state = json.loads((path / STATE_FILE).read_text())
-        if state["version"] > VERSION:
-            raise ValueError(f"{path} has format version {state['version']}, this library reads {VERSION}; update it")
-        return state, load_file(path / state["tensors"])
-    except (json.JSONDecodeError, KeyError, SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); load another checkpoint") from error
+        version = int(state["version"])
+        tensors = load_file(path / state["tensors"]) if version <= VERSION else {}
+    except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); load another checkpoint") from error
+    if version > VERSION:
+        raise ValueError(f"{path} has format version {version}, and this library reads {VERSION}; update lrlora_ops")
+    return state, tensors
 
 
-def _compare(what: str, saved: Any, wanted: Any) -> None:
-    if saved == wanted:
-        return
-    raise ValueError(
-        f"the checkpoint has other {what} than this model: saved {_brief(saved)}, here {_brief(wanted)}; call "
-        "apply_lora with the model, method and targets that were saved"
-    )
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 300 else text[:300] + "..."
+def _check(adapters: Adapters, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """The checkpoint is of these adapters and these methods, and agrees with itself."""
+    modules = {name: _settings(module) for name, module in adapters.modules.items()}
+    for name in sorted(state["modules"].keys() ^ modules.keys()):
+        raise ValueError(f"the checkpoint {'has' if name in state['modules'] else 'lacks'} the adapter {name}; {_SAME}")
+    for name, settings in state["modules"].items():
+        here = modules[name] | {"max_rank": settings["max_rank"]}
+        if settings != here:
+            raise ValueError(f"{name} is {settings} in the checkpoint and {here} in this model; {_SAME}")
+        _check_tensors(name, settings, tensors)
+    methods = _describe(adapters)
+    if state["methods"] != methods:
+        raise ValueError(f"the checkpoint's methods are {state['methods']}, and here they are {methods}; {_SAME}")
+    for index, (method, names) in enumerate(adapters.methods):
+        trial = method.policy({name: RankTable.uniform(1, 0, method.max_rank) for name in names})
+        trial.load_state_dict(_state_of_policy(index, state, tensors))
 
 
 def _check_tensors(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """The tensors have the shapes, and the table the range, that the settings say."""
     rows = settings["max_rank"]
-    shapes = {"lora_A": (rows, settings["in_features"]), "lora_B": (rows, settings["out_features"])}
-    shapes |= {"table.components": (1, rows), "table.ranks": (1,)}
+    shapes = {"lora_A": [rows, settings["in_features"]], "lora_B": [rows, settings["out_features"]]}
+    shapes |= {"table.components": [1, rows], "table.ranks": [1]}
     for key, shape in shapes.items():
-        found = tuple(tensors[f"{name}.{key}"].shape)
+        found = list(tensors[f"{name}.{key}"].shape)
         if found != shape:
             raise ValueError(f"{name}.{key} has shape {found}, its settings say {shape}; the checkpoint is damaged")
-    rank = int(tensors[f"{name}.table.ranks"])
-    if not 0 <= rank <= rows or not torch.equal(tensors[f"{name}.table.components"][0], torch.arange(rows).int()):
+    rank, components = int(tensors[f"{name}.table.ranks"]), tensors[f"{name}.table.components"].tolist()
+    if not 0 <= rank <= rows or components != [list(range(rows))]:
         raise ValueError(f"{name} has a rank table that contradicts its tensors; the checkpoint is damaged")
 
 

@@ -175,8 +175,11 @@ class Adapters:
 
         The directory holds ``lrlora_state.json``, replaced last and atomically, and the safetensors file it names.
 
+        One process of a distributed run calls it.
+
         Raises:
             OSError: The directory cannot be written; what it held before is still whole.
+            ValueError: The adapters are merged.
         """
         _checkpoint.save(self, directory)
 

@@ -47,7 +47,7 @@ CASES = {
     "rank 0": Case((0,), 8, rows=5, in_features=33, out_features=17),
     "empty pool": Case((0,), 0, rows=5, in_features=33, out_features=17),
     "far below capacity": Case((5,), 64, rows=7, in_features=20, out_features=30),
-    "second rank tile half live": Case((200,), 256, rows=20, in_features=48, out_features=40),
+    "second rank tile partly live": Case((136,), 256, rows=20, in_features=48, out_features=40),
     "second rank tile dead": Case((100,), 256, rows=20, in_features=48, out_features=40),
     "dense gather": Case((6,), 8, rows=70, in_features=36, out_features=20, gather=True),
     "ragged": Case((0, 3, 16, 5), 16, 72, 40, 24, group_sizes=(7, 0, 64, 1)),  # rank 0, no rows, a full tile, one row
@@ -119,6 +119,13 @@ def check_shrink_gram(ops: ModuleType, inputs: Inputs, gated: bool, dtype: torch
     check_dead_rows(inputs, c)
 
 
+def check_all(ops: ModuleType, inputs: Inputs, max_rank: int, dtype: torch.dtype) -> None:
+    check_shrink(ops, inputs, max_rank, dtype)
+    check_expand(ops, inputs, inputs.base, True, dtype)
+    check_gram(ops, inputs, True, dtype)
+    check_shrink_gram(ops, inputs, True, dtype)
+
+
 def check_dead_rows(inputs: Inputs, d: Tensor) -> None:
     dead = torch.ones(d.shape[0], dtype=torch.bool, device=d.device)
     for _, own in inputs.experts:
@@ -156,7 +163,7 @@ def test_shrink_gram(case, backend, dtype):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", ["no tile divides", "second rank tile half live", "ragged", "no rows"])
+@pytest.mark.parametrize("name", ["no tile divides", "second rank tile partly live", "ragged", "no rows"])
 def test_both_plans_of_shrink_gram(name, fused, monkeypatch):
     """The launcher picks a plan by size; both must hold at every size."""
     monkeypatch.setattr(triton_shrink_gram, "fuses_gram", lambda *_: fused)
@@ -165,7 +172,7 @@ def test_both_plans_of_shrink_gram(name, fused, monkeypatch):
 
 
 @pytest.mark.parametrize("splits", [2, 5])  # of 65 rows: two unequal shares, and shares without a row
-@pytest.mark.parametrize("name", ["no tile divides", "second rank tile half live", "ragged", "dense gather"])
+@pytest.mark.parametrize("name", ["no tile divides", "second rank tile partly live", "ragged", "dense gather"])
 def test_gram_splits(name, splits, monkeypatch):
     """The launcher splits the rows of few experts over programs; the sum must not depend on how many."""
     monkeypatch.setattr(triton_gram, "row_splits", lambda *_: splits)
@@ -186,11 +193,8 @@ def test_adapters_in_fp32(name, backend, dtype):
     """Half-precision activations, fp32 adapters and gradients, and a base that a layer in fp32 computed."""
     case = CASES[name]
     ops, inputs = setup(case, backend, dtype, adapter_dtype=torch.float32)
-    check_shrink(ops, inputs, case.max_rank, dtype)
-    check_expand(ops, inputs, inputs.base, True, dtype)
+    check_all(ops, inputs, case.max_rank, dtype)
     check_expand(ops, inputs, inputs.base.float(), True, dtype)
-    check_gram(ops, inputs, True, dtype)
-    check_shrink_gram(ops, inputs, True, dtype)
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
@@ -202,23 +206,16 @@ def test_gram_of_two_dtypes(backend):
 
 
 # The bounds of BLOCK_R and of eager's segments; eager is checked at every rank.
-@pytest.mark.parametrize("max_rank", [1, 16, 17, 32, 33, 64, 65, 128, 129, 256])
+@pytest.mark.parametrize("max_rank", [1, 16, 17, 33, 64, 65, 128, 129, 256])
 def test_any_rank(max_rank):
-    for rank in (max_rank - 1, max_rank):
-        ops, inputs = setup(Case((rank,), max_rank, rows=2, in_features=3, out_features=5), "triton", torch.float32)
-        check_shrink(ops, inputs, max_rank, torch.float32)
-        check_expand(ops, inputs, None, True, torch.float32)
-        check_gram(ops, inputs, True, torch.float32)
-        check_shrink_gram(ops, inputs, True, torch.float32)
+    case = Case((max_rank,), max_rank, rows=2, in_features=3, out_features=5)
+    check_all(*setup(case, "triton", torch.float16), max_rank, torch.float16)
 
 
 def test_any_rank_eager():
     for rank in range(257):
-        ops, inputs = setup(Case((rank,), 256, rows=2, in_features=3, out_features=5), "eager", torch.float32)
-        check_shrink(ops, inputs, 256, torch.float32)
-        check_expand(ops, inputs, None, True, torch.float32)
-        check_gram(ops, inputs, True, torch.float32)
-        check_shrink_gram(ops, inputs, True, torch.float32)
+        case = Case((rank,), 256, rows=2, in_features=3, out_features=5)
+        check_all(*setup(case, "eager", torch.float64), 256, torch.float64)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate])
@@ -232,7 +229,7 @@ def test_any_grouping(sizes, trailing, data):
     case = Case(tuple(ranks), 5, sum(sizes) + trailing, 3, 5, group_sizes=tuple(sizes))
     for backend in ("eager", "triton"):
         ops, inputs = setup(case, backend, torch.float32)
-        inputs.dy, inputs.b, inputs.u = (3 * inputs.dy).round(), (3 * inputs.b).round(), (3 * inputs.u).round()
+        inputs.use_whole_numbers()
         actual = ops.shrink_gram(inputs.dy, inputs.b, inputs.u, inputs.ranks, SCALING, **inputs.table())
         for got, exact in zip(actual, expected_shrink_gram(inputs, False, torch.float64), strict=True):
             assert torch.equal(got.double(), exact)

@@ -1,20 +1,21 @@
 """The cases of the report: every primitive, as the ops call it, for each rank capacity, dtype and layout."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.shapes import Shape
-from benchmarks.static_report.targets import TARGETS
+from benchmarks.shapes import GPU_SHAPES
 
-# Square, so that one shape serves every primitive: the q projection of an 8B model.
-SHAPE = Shape("8B", "q_proj", 8192, 4096, 4096)
-CAPACITIES = (16, 32, 64, 128, 256)  # every BLOCK_R, and two rank tiles of the widest
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Dense with all its rows in order; dense with a gate; experts with a component table, gates and gathered rows.
-LAYOUTS = ("dense", "gated", "grouped")
+# Square, so that one shape serves every primitive.
+SHAPE = next(shape for shape in GPU_SHAPES if (shape.model, shape.projection) == ("8B", "q_proj"))
+CAPACITIES = (16, 32, 64, 128)
+# tf32 is fp32 after torch.set_float32_matmul_precision("high").
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+# Of everything but the adapter, and of the adapter.
+DTYPE_PAIRS = (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("tf32", "tf32"))
+# One expert, all of it in order; experts with a component table, gates and gathered rows.
+LAYOUTS = ("dense", "grouped")
 PRIMITIVES = ("shrink", "expand", "gram", "shrink_gram", "dropout")
 _NUM_EXPERTS = 8
 
@@ -35,39 +36,25 @@ class Case:
         return self.dtype if self.dtype == self.adapter else f"{self.dtype}, {self.adapter} adapter"
 
 
-def all_cases(targets: list[str]) -> list[Case]:
-    """Everything that is shipped."""
-    dtypes = [("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp32")]
+def cases(targets: list[str], quick: bool = False) -> list[Case]:
+    """Everything that is shipped, or what a test can wait for: bf16 on sm_90 and the widest tiles elsewhere."""
     return [
         Case(target, primitive, capacity, dtype, adapter, layout)
         for target in targets
         for primitive in PRIMITIVES
         for capacity in CAPACITIES
-        for dtype, adapter in dtypes
+        for dtype, adapter in DTYPE_PAIRS
         for layout in LAYOUTS
-        if not _is_duplicate(primitive, capacity, dtype, adapter, layout)
+        if (primitive, dtype) != ("dropout", "tf32")
+        and (primitive != "dropout" or (capacity, adapter, layout) == (CAPACITIES[0], dtype, "dense"))
+        and (not quick or _is_quick(target, capacity, dtype, adapter, layout))
     ]
 
 
-def quick_cases(targets: list[str]) -> list[Case]:
-    """What a test can wait for: sm_90 in bf16 at every capacity, elsewhere and otherwise the two ends."""
-
-    def is_quick(case: Case) -> bool:
-        if case.target == "sm_90" and (case.dtype, case.adapter) == ("bf16", "bf16"):
-            return case.layout != "gated"
-        return case.capacity in (16, 128) and (
-            (case.dtype, case.adapter, case.layout) == ("bf16", "fp32", "grouped")
-            or (case.dtype, case.layout, case.target) == ("fp32", "dense", "sm_90")
-        )
-
-    return [case for case in all_cases(targets) if is_quick(case)]
-
-
-def _is_duplicate(primitive: str, capacity: int, dtype: str, adapter: str, layout: str) -> bool:
-    """Whether another case compiles to the same code."""
-    if primitive == "dropout":
-        return (capacity, adapter, layout) != (CAPACITIES[0], dtype, "dense")
-    return primitive == "shrink" and layout == "gated"
+def _is_quick(target: str, capacity: int, dtype: str, adapter: str, layout: str) -> bool:
+    if target == "sm_90" and dtype == "bf16":
+        return (adapter, layout) in (("bf16", "dense"), ("fp32", "grouped"))
+    return capacity == CAPACITIES[-1] and (dtype, layout) in (("bf16", "grouped"), ("fp32", "grouped"))
 
 
 def launch(case: Case) -> None:
@@ -75,6 +62,7 @@ def launch(case: Case) -> None:
     from lrlora_ops.kernels import primitives
     from lrlora_ops.kernels._tiles import padded_rank
 
+    torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
     dtype, adapter, rank = DTYPES[case.dtype], DTYPES[case.adapter], case.capacity
     grouped = case.layout == "grouped"
     num_experts = _NUM_EXPERTS if grouped else 1
@@ -98,9 +86,4 @@ def launch(case: Case) -> None:
     elif case.primitive == "shrink_gram":
         primitives.shrink_gram(x, a, u, ranks, 1.0, gate, **experts)
     else:
-        primitives.dropout_add_(x, torch.empty_like(x), torch.zeros((), dtype=torch.int64), 0.1)
-
-
-def cases(targets: list[str] | None = None, quick: bool = False) -> Iterator[Case]:
-    """The cases of the named targets (None: all four)."""
-    yield from (quick_cases if quick else all_cases)(targets or list(TARGETS))
+        primitives.dropout_add_(torch.empty_like(x), x, torch.zeros((), dtype=torch.int64), 0.1)

@@ -81,7 +81,7 @@ def reference_text(source: Corpus) -> Corpus:
     """The English of ``help()``'s topics; 10% of the topics are held out.
 
     A paragraph that also occurs in training is taken out of the held-out topics. A Python without
-    ``pydoc_data`` gives its docstrings instead (and the name ``docstrings``), split like the files of ``source`` that they are in.
+    ``pydoc_data`` gives its docstrings instead, split like the files of ``source`` that they are in; the name says so.
     """
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics

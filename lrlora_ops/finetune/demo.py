@@ -16,7 +16,7 @@ from lrlora_ops.finetune.arm import Arm, Texts
 from lrlora_ops.finetune.base_model import DemoTexts, read_texts, small_llama
 from lrlora_ops.finetune.machine import describe, peak_memory, pick_device
 from lrlora_ops.finetune.outcome import print_comparison, print_ranks, print_results
-from lrlora_ops.finetune.pretrained import load_pretrained
+from lrlora_ops.finetune.pretrained import load_pretrained, quiet_transformers
 from lrlora_ops.finetune.progress import training_progress
 from lrlora_ops.finetune.speed import OPTIMIZER_SHARE, Costs, choose_threads, seconds_per_step
 from lrlora_ops.finetune.tokens import batches
@@ -71,6 +71,7 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
     device = pick_device(settings.device)
     console.print(describe(device), style="bold", highlight=False)
     base = settings.output / "base"
+    quiet_transformers()
     base.mkdir(parents=True, exist_ok=True)
     texts = read_texts(settings.characters, settings.held_out_characters, console)
     torch.manual_seed(settings.seed)

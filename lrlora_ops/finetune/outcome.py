@@ -28,9 +28,8 @@ def print_results(console: Console, before: dict[str, float], arms: Sequence[Arm
         "sum of ranks": [f"{sum(arm.ranks.values()):,}" for arm in arms],
         "ranks min/avg/max": [_spread(arm) for arm in arms],
         "training seconds": [f"{arm.seconds:.1f}" for arm in arms],
-        "adapters, gradients and Adam, MB": [
-            f"{arm.held[0] / 1e6:.2f}, at the end {arm.held[1] / 1e6:.2f}" for arm in arms
-        ],
+        "adapters, gradients, Adam: MB": [f"{arm.held[0] / 1e6:.2f}" for arm in arms],
+        "the same at the end": [f"{arm.held[1] / 1e6:.2f}" for arm in arms],
     }
     if any(arm.gpu_bytes is not None for arm in arms):
         rows["GPU peak, MB"] = [f"{(arm.gpu_bytes or 0) / 1e6:,.0f}" for arm in arms]

@@ -17,7 +17,7 @@ from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.machine import describe, peak_memory, pick_device
 from lrlora_ops.finetune.outcome import print_ranks, print_results
 from lrlora_ops.finetune.pretrained import load_pretrained
-from lrlora_ops.finetune.tokens import EncodedText, encode
+from lrlora_ops.finetune.tokens import encode
 from lrlora_ops.finetune.trainer import Recipe
 from lrlora_ops.methods import Method
 from lrlora_ops.report import heatmap, rank_table

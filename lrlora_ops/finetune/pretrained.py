@@ -13,6 +13,12 @@ from transformers.utils import logging
 from lrlora_ops.finetune.errors import CommandError
 
 
+def quiet_transformers() -> None:
+    """No warnings and no bars of its own: the command shows its own progress."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def load_pretrained(directory: Path, device: torch.device, dtype: str = "auto") -> tuple[nn.Module, Any]:
     """The causal language model and the tokenizer in ``directory``.
 
@@ -28,10 +34,9 @@ def load_pretrained(directory: Path, device: torch.device, dtype: str = "auto") 
         raise CommandError(f"{directory} is no directory: give one that holds a Hugging Face model, downloaded before")
     if not (directory / "config.json").is_file():
         raise CommandError(f"{directory} has no config.json: give a directory that save_pretrained wrote")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a directory that is damaged or of another kind
         reason = str(error).strip().splitlines() or [type(error).__name__]

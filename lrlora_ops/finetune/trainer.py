@@ -64,7 +64,7 @@ def train(
         if adapters is not None and not compacted and all(policy.frozen for policy in adapters.policies):
             adapters.compact(optimizer)
             compacted = True
-        value = float(loss)
+        value = loss.item()
         if not math.isfinite(value):
             raise CommandError(f"the loss is {value} at step {step}: lower the learning rate")
         on_step(value)

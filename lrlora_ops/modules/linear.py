@@ -94,8 +94,9 @@ class VariableRankLoRALinear(nn.Module):
             raise ValueError(
                 "the layer is a VariableRankLoRALinear already; change it with set_rank, or merge it first"
             )
-        sizes = [getattr(layer, name, None) for name in ("in_features", "out_features")]
-        if None in sizes:
+        in_features: Any = getattr(layer, "in_features", None)
+        out_features: Any = getattr(layer, "out_features", None)
+        if in_features is None or out_features is None:
             raise ValueError(
                 f"{type(layer).__name__} has no in_features and out_features; give it these attributes, or write "
                 "the adapter with lora_linear(x, ..., base=layer(x))"
@@ -107,7 +108,7 @@ class VariableRankLoRALinear(nn.Module):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._adopt(layer)
-        self._add_adapter(*sizes, max_rank, rank, lora_alpha, dropout, device, dtype)
+        self._add_adapter(in_features, out_features, max_rank, rank, lora_alpha, dropout, device, dtype)
         layer.requires_grad_(False)
         return self
 
@@ -215,7 +216,7 @@ class VariableRankLoRALinear(nn.Module):
                 "keep the adapter beside it, or wrap the unquantised layer"
             )
         if self.base_layer is None:
-            merged: nn.Module = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+            merged: Any = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
             merged.bias = self.bias
             merged.train(self.training)
         else:
@@ -243,7 +244,10 @@ class VariableRankLoRALinear(nn.Module):
             (self.lora_B, self.lora_B.new_zeros(max_rank, self.out_features)),
         ):
             fresh[:held] = parameter[:held]
-            parameter.data, parameter.grad = fresh, None
+            parameter.grad = None
+            # The gradient accumulator that a live graph holds knows the old shape; a change of dtype discards it.
+            parameter.data = fresh.new_empty(0, dtype=torch.float32 if fresh.dtype == torch.float16 else torch.float16)
+            parameter.data = fresh
         self.table.resize(max_rank)
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from lrlora_ops import eager
 BACKENDS = ("triton", "eager", "reference")
 _PRIMITIVES: dict[str, ModuleType] = {"eager": eager}
 if importlib.util.find_spec("triton") is not None:
-    from lrlora_ops.kernels import primitives as _triton
+    from lrlora_ops.kernels import primitives as _triton  # type: ignore[attr-defined]
 
     _PRIMITIVES["triton"] = _triton
 # Triton decides at import whether a kernel is compiled or interpreted.
