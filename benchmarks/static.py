@@ -8,7 +8,6 @@ import argparse
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,15 +15,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.floors import H200, launch_cost
 from benchmarks.static_report.capture import Launch, capture
-from benchmarks.static_report.cases import SHAPE, Case, cases, launch
+from benchmarks.static_report.cases import Case, cases, launch
 from benchmarks.static_report.code import read_code
+from benchmarks.static_report.table import layer_floors, table
 from benchmarks.static_report.targets import TARGETS, Target
 
-_TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+_TILE = ("BLOCK_M", "BLOCK_S", "BLOCK_N", "BLOCK_K", "BLOCK_R")
 
 
 def compile_case(case: Case) -> list[dict[str, Any]]:
@@ -45,8 +44,7 @@ def _row(case: Case, target: Target, launched: Launch) -> dict[str, Any]:
         "dtypes": case.dtypes,
         "layout": case.layout,
         "capacity": case.capacity,
-        "block_r": launched.arguments.get("BLOCK_R"),
-        "tile": "x".join(str(launched.arguments[name]) for name in _TILE if name in launched.arguments),
+        "tile": " ".join(f"{name[-1]}{launched.arguments[name]}" for name in _TILE if name in launched.arguments),
         "warps": metadata.num_warps,
         "stages": metadata.num_stages,
         "grid": list(launched.grid),
@@ -68,45 +66,11 @@ def _row(case: Case, target: Target, launched: Launch) -> dict[str, Any]:
 
 
 def report(selected: list[Case], jobs: int, console: Console) -> list[dict[str, Any]]:
-    """The rows of all cases, in order; the same code on the same work is one row."""
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    """The rows of all cases, in order."""
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for case_rows in track(
-            pool.map(compile_case, selected), "Compiling", len(selected), console=console, transient=True
-        ):
-            for row in case_rows:
-                rows.setdefault((row["target"], row["hash"], row["bytes"], row["flops"]), row)
-    return list(rows.values())
-
-
-def table(target: str, rows: Iterable[dict[str, Any]]) -> Table:
-    """The rows of one target, for people."""
-    result = Table(title=f"{target}: work of {SHAPE}, r = capacity; {H200.name} floor; computed, not measured")
-    left = ("kernel", "layout", "dtypes", "tile", "matrix instructions")
-    for name in (*left[:3], "r", left[3], "warps", "regs", "spill", "stack", "shared", left[4]):
-        result.add_column(name, justify="left" if name in left else "right")
-    for name in ("16 B loads", "occup.", "MB", "GFLOP", "floor ms"):
-        result.add_column(name, justify="right")
-    for row in rows:
-        result.add_row(
-            row["kernel"].removesuffix("_kernel"),
-            row["layout"],
-            row["dtypes"],
-            str(row["capacity"]),
-            f"{row['tile']}, {row['stages']} stages",
-            str(row["warps"]),
-            str(row["registers"]),
-            str(row["spills"]),
-            str(row["stack"]),
-            f"{row['shared'] / 1024:.0f} KB",
-            ", ".join(f"{count} {opcode}" for opcode, count in row["matrix"].items()) or "-",
-            f"{row['wide_loads']:.0%}",
-            f"{row['occupancy']:.0%}",
-            f"{row['bytes'] / 1e6:.1f}",
-            f"{row['flops'] / 1e9:.1f}",
-            f"{row['floor_ms']:.4f}",
-        )
-    return result
+        compiled = pool.map(compile_case, selected)
+        per_case = list(track(compiled, "Compiling", len(selected), console=console, transient=True))
+    return [row for rows in per_case for row in rows]
 
 
 def main() -> None:
@@ -116,11 +80,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compiler processes")
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     arguments = parser.parse_args()
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json: {arguments.json.parent} is not a directory; make it first")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler by the interpreter: unset it")
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)
+        console = Console(width=220)
     rows = report(cases(arguments.target or list(TARGETS), arguments.quick), arguments.jobs, console)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -128,6 +94,8 @@ def main() -> None:
         of_target = [row for row in rows if row["target"] == target]
         if of_target:
             console.print(table(target, of_target))
+    for line in layer_floors(rows):
+        console.print(line)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def demo(
 def finetune(
     model: Annotated[Path, typer.Option(help="Hugging Face model directory; nothing is downloaded.")],
     train: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text files to train on.")],
-    more: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    more: Annotated[list[Path] | None, typer.Argument(hidden=True, metavar="")] = None,
     method: Annotated[MethodName, typer.Option(help="How ranks are chosen.")] = MethodName.learned,
     rank: Annotated[float, typer.Option("--rank", "--mean-rank", help="Rank; the mean of all with learned.")] = 8.0,
     max_rank: Annotated[int | None, typer.Option(help="Highest learned rank. Default: four times the mean.")] = None,
@@ -123,3 +123,7 @@ def _stop(message: str, code: int) -> None:
 def main() -> None:
     """Entry point of the ``lrlora`` command."""
     app()
+
+
+if __name__ == "__main__":
+    main()

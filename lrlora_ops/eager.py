@@ -26,10 +26,14 @@ def _segments(rank: int, max_rank: int) -> Iterator[tuple[int, int]]:
         low, high = high, min(2 * high, max_rank)
 
 
-def _experts(ranks: Tensor, group_offsets: Tensor | None, num_rows: int) -> Iterator[tuple[int, slice, int]]:
+def _experts(
+    ranks: Tensor, max_rank: int, group_offsets: Tensor | None, num_rows: int
+) -> Iterator[tuple[int, slice, int]]:
     """(expert, its rows, its rank) for each expert that has both."""
     offsets = [0, num_rows] if group_offsets is None else group_offsets.tolist()
     for expert, rank in enumerate(ranks.tolist()):
+        if not 0 <= rank <= max_rank:
+            raise ValueError(f"the rank of expert {expert} is {rank}; it must be from 0 to {max_rank}, the capacity")
         if rank and offsets[expert + 1] > offsets[expert]:
             yield expert, slice(offsets[expert], offsets[expert + 1]), rank
 
@@ -61,7 +65,7 @@ def shrink(
     """``u[i, j] = <x[i], a[comp(e_i, j)]>``, 0 beyond the rank; ``[L, max_rank]`` in x's dtype."""
     num_rows = x.shape[0] if row_index is None else row_index.shape[0]
     u = x.new_zeros(num_rows, max_rank)
-    for expert, rows, rank in _experts(ranks, group_offsets, num_rows):
+    for expert, rows, rank in _experts(ranks, max_rank, group_offsets, num_rows):
         x_rows = _take_rows(x, rows, row_index)
         for low, high in _segments(rank, max_rank):
             rows_of_a = a[_pool_index(components, expert, low, min(high, rank))].to(x.dtype)
@@ -86,7 +90,7 @@ def expand_(
     group_offsets: Tensor | None = None,
 ) -> None:
     """``out[i] += scaling * sum_j gate_j u[i, j] b[comp(e_i, j)]`` in place; out is ``[L, N]``."""
-    for expert, rows, rank in _experts(ranks, group_offsets, out.shape[0]):
+    for expert, rows, rank in _experts(ranks, u.shape[1], group_offsets, out.shape[0]):
         for low, high in _segments(rank, u.shape[1]):
             index = _pool_index(components, expert, low, min(high, rank))
             rows_of_b = (b[index] if gate is None else b[index] * gate[index, None]).to(out.dtype)
@@ -130,7 +134,7 @@ def gram(
 ) -> Tensor:
     """``d[comp(e, j)] = scaling * gate_j * sum_{i in e} u[i, j] y[i]``; ``[pool_size, N]`` in ``dtype``, 0 if dead."""
     d = torch.zeros(pool_size, y.shape[1], dtype=dtype, device=y.device)
-    for expert, rows, rank in _experts(ranks, group_offsets, u.shape[0]):
+    for expert, rows, rank in _experts(ranks, u.shape[1], group_offsets, u.shape[0]):
         index = _pool_index(components, expert, 0, rank)
         factor = scaling if gate is None else scaling * gate[index, None]
         d[index] = ((u[rows, :rank].to(y.dtype).t() @ _take_rows(y, rows, row_index)) * factor).to(dtype)
@@ -160,7 +164,7 @@ def shrink_gram(
     v = shrink(dy, b, ranks, u.shape[1], components, group_offsets)
     d_b = gram(u, dy, ranks, b.shape[0], scaling, b.dtype, gate, components, group_offsets)
     c = torch.zeros(b.shape[0], dtype=_sum_dtype(dy), device=dy.device)
-    for expert, rows, rank in _experts(ranks, group_offsets, u.shape[0]):
+    for expert, rows, rank in _experts(ranks, u.shape[1], group_offsets, u.shape[0]):
         product = u[rows, :rank].to(c.dtype) * v[rows, :rank].to(c.dtype)
         c[_pool_index(components, expert, 0, rank)] = scaling * product.sum(0)
     return v, d_b, c

@@ -22,7 +22,7 @@ class RankMatrix:
 
     ``model.layers.3.self_attn.q_proj`` is layer ``3``, group ``self_attn``, module ``q_proj``; the first number in a
     name is the layer. Names with different words before the number (an encoder's and a decoder's layers) keep these
-    words; a name without a number is a layer of its own.
+    words; a name without a number has a row for what holds the module.
 
     Attributes:
         rows: Names of the layers, in the order of the model.
@@ -67,7 +67,7 @@ def _split(name: str) -> tuple[str, str, str, str]:
     parts = name.split(".")
     at = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     if at is None:
-        return name, "", "", parts[-1]
+        return ".".join(parts[:-1]) or "model", "", "", parts[-1]
     inner = parts[at + 1 :] or [""]
     group = ".".join(inner[:-1])
     return ".".join(parts[:at]), parts[at], group, inner[-1]

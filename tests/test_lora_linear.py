@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from lrlora_ops import lora_linear
+from lrlora_ops.ops._backends import _PRIMITIVES
 from lrlora_ops.reference import lora_linear_reference
 from tests._oracle import assert_within_budget
 
@@ -56,8 +57,7 @@ CASES = {
     "full segment": Case((7,), 40, 30, 32, rank=16, gated=True),
     "one past a segment": Case((7,), 40, 30, 32, rank=17, gated=True),
     "rank 129": Case((7,), 40, 30, 129, gated=True),
-    "rank 200 of 256": Case((7,), 40, 30, 256, rank=200),
-    "rank 256": Case((20,), 48, 36, 256, gated=True, frozen="base"),
+    "rank 256": Case((7,), 40, 30, 256, gated=True, frozen="base"),
 }
 
 
@@ -127,18 +127,21 @@ def plain_lora_linear(x, lora_A, lora_B, gate, base, weight=None, bias=None, liv
     return update if base is None else base + update.to(base.dtype)
 
 
-def check(call: Call, backend: str, rank: int | Tensor | None) -> None:
+def check(call: Call, backend: str, rank: int | Tensor | None, wrap: Callable = lambda function: function) -> None:
     """Each result has its operand's dtype and is within the budget; dead components get exact zeros."""
     live = call.rank
 
-    def exact(gate, **tensors):
-        return lora_linear_reference(gate=gate, rank=live, scaling=SCALING, **tensors)
+    def tested(x, lora_A, lora_B, **others):
+        return lora_linear(x, lora_A, lora_B, rank=rank, scaling=SCALING, backend=backend, **others)
 
-    actual = differentiate(
-        call, lambda **tensors: lora_linear(rank=rank, scaling=SCALING, backend=backend, **tensors)
-    )
-    wanted = differentiate(call, exact, torch.float64)
-    plain = differentiate(call, lambda **tensors: plain_lora_linear(live=live, **tensors))
+    def exact(x, lora_A, lora_B, **others):
+        return lora_linear_reference(x, lora_A, lora_B, rank=live, scaling=SCALING, **others)
+
+    def plain_(x, **others):
+        return plain_lora_linear(x, live=live, **others)
+
+    actual, plain = differentiate(call, wrap(tested)), differentiate(call, wrap(plain_))
+    wanted = differentiate(call, wrap(exact), torch.float64)
     for name, value in actual.items():
         if name != "y":
             assert value.dtype == call.operands[name].dtype
@@ -188,13 +191,13 @@ def test_mixed_dtypes(dtype, adapters, base, backend):
 
 
 LAYOUTS = {
-    "transposed": ((7, 5), lambda x: x.t()),
-    "every second column": ((5, 14), lambda x: x[:, ::2]),
-    "columns of a wider tensor": ((5, 9), lambda x: x[:, 1:8]),
-    "one row, repeated": ((1, 7), lambda x: x.expand(5, 7)),
-    "one column, repeated": ((5, 1), lambda x: x.expand(5, 7)),
-    "batch last": ((7, 3, 2), lambda x: x.permute(2, 1, 0)),
-    "a reversed batch": ((2, 3, 7), lambda x: x.flip(0).transpose(0, 1)),
+    "transposed": ((40, 30), lambda x: x.t()),
+    "every second column": ((30, 80), lambda x: x[:, ::2]),
+    "columns of a wider tensor": ((30, 42), lambda x: x[:, 1:41]),
+    "one row, repeated": ((1, 40), lambda x: x.expand(30, 40)),
+    "one column, repeated": ((30, 1), lambda x: x.expand(30, 40)),
+    "batch last": ((40, 10, 3), lambda x: x.permute(2, 1, 0)),
+    "a batch that cannot be flattened": ((10, 3, 40), lambda x: x.transpose(0, 1)),
 }
 
 
@@ -202,24 +205,25 @@ LAYOUTS = {
 @pytest.mark.parametrize(("shape", "view"), LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("frozen", ["weight", "base", ""])
 def test_any_memory_layout(shape, view, frozen, backend):
-    """Of x, base, the parameters and the gradient that comes in; an equal, contiguous call gives equal bits."""
+    """Of x; and nothing else is contiguous either, the gradient that comes in included."""
     leading = view(torch.empty(shape)).shape[:-1]
-    call = make_call(Case(leading, 7, 6, 4, rank=3, frozen=frozen, gated=True), torch.float32, backend)
-    x = torch.randn(shape, device=DEVICE[backend])
+    call = make_call(Case(leading, 40, 20, 7, rank=5, frozen=frozen, gated=True), torch.float32, backend)
+    generator = torch.Generator().manual_seed(1)
+    call.operands["x"] = torch.randn(shape, generator=generator).to(DEVICE[backend])
+    call.dy = scattered(call.dy)
 
-    def run(layout: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        leaf = x.detach().requires_grad_()
-        tensors = {n: None if t is None else t.detach().requires_grad_() for n, t in call.operands.items() if n != "x"}
-        viewed = {n: None if t is None else layout(t) for n, t in (tensors | call.frozen).items()}
-        y = lora_linear(view(leaf) if layout is scattered else view(leaf).contiguous(), **viewed, rank=3, backend=backend)
-        y.backward(layout(call.dy))
-        return [y.detach(), leaf.grad, *(t.grad for t in tensors.values() if t is not None)]
+    def laid_out(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, **others: Tensor | None) -> Tensor:
+            return function(view(x), **{n: None if t is None else scattered(t) for n, t in others.items()})
 
-    def scattered(t: Tensor) -> Tensor:
-        return torch.stack([t, t], -1)[..., 0]
+        return run
 
-    for actual, expected in zip(run(scattered), run(lambda t: t), strict=True):
-        assert torch.equal(actual, expected)
+    check(call, backend, 5, laid_out)
+
+
+def scattered(t: Tensor) -> Tensor:
+    """Equal, but with a gap after each element."""
+    return torch.stack([t, t], -1)[..., 0]
 
 
 @each_backend
@@ -267,22 +271,21 @@ def test_sensitivity_is_the_inner_product_of_a_component_and_its_gradient(backen
         assert not torch.equal(changed, y)
 
 
+def recorder(module: object, names: tuple[str, ...], called: list[str]) -> SimpleNamespace:
+    """The module's functions, which note that they are called."""
+    return SimpleNamespace(**{n: lambda *a, n=n: (called.append(n), getattr(module, n)(*a))[1] for n in names})
+
+
 @each_backend
 @pytest.mark.parametrize("name", ["x", "lora_A", "lora_B", "gate", "base"])
 def test_only_what_is_asked_for_is_differentiated(name, backend, monkeypatch):
     """Each gradient alone equals the one of the whole, and the products of the others are not computed."""
-    from lrlora_ops.ops import lora_linear as _  # noqa: F401
-    from lrlora_ops.ops._backends import primitives
-
     call = make_call(Case((6,), 7, 5, 4, gated=True, frozen="base"), torch.float32, backend)
     everything = differentiate(call, lambda **t: lora_linear(**t, backend=backend))
     y = lora_linear(**call.operands | {name: call.operands[name].requires_grad_()}, backend=backend)
-    called = []
-    for primitive in ("shrink", "expand", "expand_", "gram", "shrink_gram"):
-        function = getattr(primitives(backend), primitive)
-        monkeypatch.setattr(
-            primitives(backend), primitive, lambda *a, f=function, n=primitive: (called.append(n), f(*a))[1]
-        )
+    called: list[str] = []
+    names = ("shrink", "expand", "expand_", "gram", "shrink_gram")
+    monkeypatch.setitem(_PRIMITIVES, backend, recorder(_PRIMITIVES[backend], names, called))
     y.backward(call.dy)
     needed = {"x": ["shrink", "expand_"], "lora_A": ["shrink", "gram"], "base": []}
     assert called == needed.get(name, ["shrink_gram"])
@@ -307,7 +310,7 @@ def test_a_component_born_with_b_zero_changes_no_bit(backend, dtype):
     """At every rank, of the output and of the gradient of x."""
     call = make_call(Case((5,), 37, 19, 150), dtype, backend)
     operands = {name: t for name, t in call.operands.items() if t is not None}
-    for rank in [0, 1, 3, 8, 15, 16, 17, 31, 33, 64, 100, 128, 140]:
+    for rank in [0, 1, 3, 8, 15, 16, 17, 31, 33, 64, 100, 128, 140] if backend == "eager" else [0, 7, 122]:
         operands["lora_B"] = call.operands["lora_B"].clone()
         operands["lora_B"][rank:] = 0
         x = operands["x"].detach().requires_grad_()
@@ -324,13 +327,10 @@ def test_a_component_born_with_b_zero_changes_no_bit(backend, dtype):
 
 @each_backend
 def test_every_rank_up_to_256(backend):
-    """Components of one pool, switched on one by one, add up."""
     call = make_call(Case((3,), 20, 12, 256), torch.float32, backend)
     x, lora_A, lora_B = (call.operands[name] for name in ("x", "lora_A", "lora_B"))
-    weight = call.frozen["weight"]
-    u = x.double() @ lora_A.double().t()
-    step = 1 if backend == "eager" else 15
-    for rank in range(0, 257, step):
-        exact = x.double() @ weight.double().t() + u[:, :rank] @ lora_B[:rank].double()
-        y = lora_linear(x, lora_A, lora_B, weight=weight, rank=rank, backend=backend)
-        assert (y - exact).abs().max() <= 1e-5 * math.sqrt(1 + exact.abs().max())
+    u, u64 = x @ lora_A.t(), x.double() @ lora_A.double().t()
+    for rank in range(0, 257, 1 if backend == "eager" else 43):
+        exact = u64[:, :rank] @ lora_B[:rank].double()
+        y = lora_linear(x, lora_A, lora_B, rank=rank, backend=backend)
+        assert_within_budget(y, exact, u[:, :rank] @ lora_B[:rank])

@@ -151,6 +151,17 @@ def test_any_layout(backend):
     torch.testing.assert_close(ops.shrink_gram(broadcast, *args[1:], **kwargs), plain["shrink_gram"])
 
 
+@pytest.mark.parametrize("rank", [-1, 9])
+@pytest.mark.parametrize("name", ["shrink", "expand", "gram", "shrink_gram"])
+def test_eager_refuses_a_rank_beyond_the_capacity(name, rank):
+    """A rank written to the device tensor by hand, which nobody has checked."""
+    inputs = inputs_for(Case((3,), 8, 5, 6, 7), "eager")
+    inputs.ranks.fill_(rank)
+    args, kwargs = calls(inputs, 8)[name]
+    with pytest.raises(ValueError, match=f"rank of expert 0 is {rank}; it must be from 0 to 8"):
+        getattr(eager, name)(*args, **kwargs)
+
+
 def test_triton_refuses_to_write_in_place_into_another_layout():
     inputs = inputs_for(RAGGED, "triton")
     inputs.base = inputs.base.t().contiguous().t()

@@ -13,6 +13,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.static_report.targets import Target
+from lrlora_ops.kernels import _configs
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,6 @@ class _AbsentGPU:
 
 def capture(target: Target, launcher: Callable[[], object]) -> list[Launch]:
     """The launches that ``launcher()`` makes on ``target``, in order; not for a process that also uses a GPU."""
-    from lrlora_ops.kernels import _configs
-
     launches = []
     run = JITFunction.run
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from benchmarks.shapes import GPU_SHAPES
+from lrlora_ops.kernels import primitives
+from lrlora_ops.kernels._tiles import padded_rank
 
 # Square, so that one shape serves every primitive.
 SHAPE = next(shape for shape in GPU_SHAPES if (shape.model, shape.projection) == ("8B", "q_proj"))
@@ -38,30 +40,31 @@ class Case:
 
 def cases(targets: list[str], quick: bool = False) -> list[Case]:
     """Everything that is shipped, or what a test can wait for: bf16 on sm_90 and the widest tiles elsewhere."""
-    return [
+    every = [
         Case(target, primitive, capacity, dtype, adapter, layout)
         for target in targets
         for primitive in PRIMITIVES
         for capacity in CAPACITIES
         for dtype, adapter in DTYPE_PAIRS
         for layout in LAYOUTS
-        if (primitive, dtype) != ("dropout", "tf32")
-        and (primitive != "dropout" or (capacity, adapter, layout) == (CAPACITIES[0], dtype, "dense"))
-        and (not quick or _is_quick(target, capacity, dtype, adapter, layout))
     ]
+    return [case for case in every if not _repeats(case) and (not quick or _is_quick(case))]
 
 
-def _is_quick(target: str, capacity: int, dtype: str, adapter: str, layout: str) -> bool:
-    if target == "sm_90" and dtype == "bf16":
-        return (adapter, layout) in (("bf16", "dense"), ("fp32", "grouped"))
-    return capacity == CAPACITIES[-1] and (dtype, layout) in (("bf16", "grouped"), ("fp32", "grouped"))
+def _repeats(case: Case) -> bool:
+    """dropout knows no rank, adapter, layout or product."""
+    first = (CAPACITIES[0], case.dtype, LAYOUTS[0])
+    return case.primitive == "dropout" and (case.dtype == "tf32" or (case.capacity, case.adapter, case.layout) != first)
+
+
+def _is_quick(case: Case) -> bool:
+    if case.target == "sm_90" and case.dtype == "bf16":
+        return (case.adapter, case.layout) in (("bf16", "dense"), ("fp32", "grouped"))
+    return case.capacity == CAPACITIES[-1] and case.layout == "grouped" and case.dtype in ("bf16", "fp32")
 
 
 def launch(case: Case) -> None:
     """Calls the launcher once on CPU tensors of ``SHAPE``, which nothing reads if the launch itself is intercepted."""
-    from lrlora_ops.kernels import primitives
-    from lrlora_ops.kernels._tiles import padded_rank
-
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
     dtype, adapter, rank = DTYPES[case.dtype], DTYPES[case.adapter], case.capacity
     grouped = case.layout == "grouped"

@@ -4,16 +4,17 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
 
-_NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_WIDTH_OF_SUFFIX = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
-_WIDTH_OF_NAME = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12}
+NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Words of a load's opcode that give its width in bytes; without one it is 4 in SASS (LDG.E).
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+_WIDTHS |= {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short": 2}
+_WIDTHS |= {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def read_code(compiled: Any) -> Code:
 
 
 def _cuobjdump(option: str, cubin: str) -> str:
-    command = [str(_NVIDIA_BIN / "cuobjdump"), option, cubin]
+    command = [str(NVIDIA_BIN / "cuobjdump"), option, cubin]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -56,7 +57,7 @@ def _read_cubin(cubin: bytes, shared: int) -> Code:
         stack=resources["STACK"] + resources["LOCAL"],
         shared=shared,
         matrix=_select(opcodes, r"HGMMA|QGMMA|HMMA|UTC[A-Z]*MMA"),
-        wide_loads=_wide_share((_sass_width(opcode), count) for opcode, count in loads.items()),
+        wide_loads=_wide_share(loads),
         loads=loads,
     )
 
@@ -64,13 +65,6 @@ def _read_cubin(cubin: bytes, shared: int) -> Code:
 def _select(opcodes: Counter[str], pattern: str) -> dict[str, int]:
     """The opcodes whose first part is ``pattern``, most frequent first."""
     return {name: count for name, count in opcodes.most_common() if re.fullmatch(pattern, name.split(".")[0])}
-
-
-def _sass_width(opcode: str) -> int:
-    name, *suffixes = opcode.split(".")
-    if name in ("UTMALDG", "UBLKCP"):
-        return 16
-    return next((_WIDTH_OF_SUFFIX[suffix] for suffix in suffixes if suffix in _WIDTH_OF_SUFFIX), 4)
 
 
 def _read_amdgcn(assembly: str, shared: int) -> Code:
@@ -83,16 +77,19 @@ def _read_amdgcn(assembly: str, shared: int) -> Code:
         stack=metadata["private_segment_fixed_size"],
         shared=max(shared, metadata["group_segment_fixed_size"]),
         matrix={name: n for name, n in opcodes.most_common() if name.startswith("v_mfma")},
-        wide_loads=_wide_share((_amd_width(opcode), count) for opcode, count in loads.items()),
+        wide_loads=_wide_share(loads),
         loads=loads,
     )
 
 
-def _amd_width(opcode: str) -> int:
-    return next((_WIDTH_OF_NAME[part] for part in opcode.split("_") if part in _WIDTH_OF_NAME), 16)
+def load_width(opcode: str) -> int:
+    """Bytes per lane that a global load brings; 16 for the bulk copies of tensor memory access."""
+    if opcode.startswith(("UTMALDG", "UBLKCP")):
+        return 16
+    return next((_WIDTHS[word] for word in re.split(r"[._]", opcode) if word in _WIDTHS), 4)
 
 
-def _wide_share(loads: Iterable[tuple[int, int]]) -> float:
-    loads = list(loads)
-    total = sum(width * count for width, count in loads)
-    return sum(width * count for width, count in loads if width >= 16) / total if total else 1.0
+def _wide_share(loads: dict[str, int]) -> float:
+    total = sum(load_width(opcode) * count for opcode, count in loads.items())
+    wide = sum(load_width(opcode) * count for opcode, count in loads.items() if load_width(opcode) >= 16)
+    return wide / total if total else 1.0

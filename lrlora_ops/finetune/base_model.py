@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrlora_ops.finetune import corpus
@@ -31,25 +31,23 @@ def read_texts(characters: int, held_out_characters: int, console: Console) -> D
     """Python's library source, its reference text and its Unicode tables, as tokens.
 
     Args:
-        characters: How much library source is encoded.
+        characters: How much of each text is encoded to train on.
         held_out_characters: How much of each held-out text is measured on.
         console: Sizes and hashes are printed there.
     """
     source = corpus.library_source()
     reference, unicode = corpus.reference_text(source), corpus.unicode_lines()
-    for text in (source, reference, unicode):
+    texts = (source, reference, unicode)
+    for text in texts:
         console.print(f"  {text}", highlight=False)
-    tokenizer = train_tokenizer(sample(source.train, 2_000_000), VOCAB_SIZE)
-    held_out = {
-        text.name: encode(tokenizer, sample(text.held_out, held_out_characters))
-        for text in (source, reference, unicode)
-    }
-    train = [(encode(tokenizer, text.train).tokens, FINE_TUNING_ROWS) for text in (reference, unicode)]
-    tokens = encode(tokenizer, sample(source.train, characters)).tokens
+    tokenizer = train_tokenizer(sample(source.train, min(characters, 2_000_000)), VOCAB_SIZE)
+    held_out = {text.name: encode(tokenizer, sample(text.held_out, held_out_characters)) for text in texts}
+    tokens, *tuning = (encode(tokenizer, sample(text.train, characters)).tokens for text in texts)
+    train = [(stream, FINE_TUNING_ROWS) for stream in tuning]
     return DemoTexts(tokenizer, tokens, Texts(train, held_out, SEQ_LEN))
 
 
-def small_llama() -> nn.Module:
+def small_llama() -> LlamaForCausalLM:
     """A Llama of 1 million parameters, of which every projection maps 128 features to 256 or 256 to 128.
 
     So equal sums of ranks are equal numbers of parameters, wherever the ranks are.

@@ -6,6 +6,7 @@ import copy
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,6 +15,7 @@ from torch import nn
 from lrlora_ops import FixedRank, LearnedRank
 from lrlora_ops.finetune.arm import Arm, Texts
 from lrlora_ops.finetune.base_model import DemoTexts, read_texts, small_llama
+from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.machine import describe, peak_memory, pick_device
 from lrlora_ops.finetune.outcome import print_comparison, print_ranks, print_results
 from lrlora_ops.finetune.pretrained import load_pretrained, quiet_transformers
@@ -40,7 +42,7 @@ class DemoSettings:
         max_rank: The most that LearnedRank may give a layer.
         freeze: Share of the fine-tuning after which LearnedRank's ranks are final.
         pretraining, fine_tuning: Recipes; both methods have the same.
-        characters: How much library source is encoded for pretraining.
+        characters: How much of each text is encoded to train on.
         held_out_characters: How much of each held-out text is measured on.
     """
 
@@ -56,6 +58,10 @@ class DemoSettings:
     characters: int = 3_000_000
     held_out_characters: int = 40_000
 
+    def __post_init__(self) -> None:
+        if not self.minutes > 0:
+            raise CommandError(f"--minutes is {self.minutes}; it must be above 0")
+
 
 def run_demo(settings: DemoSettings, console: Console) -> bool:
     """Pretrain, fine-tune with both methods, show, check.
@@ -64,18 +70,21 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
         Whether every check passed.
 
     Raises:
-        CommandError: The device is not there, or this Python has no source of its library.
-        OSError: The output cannot be written.
+        CommandError: The device is not there, the output cannot be written, or this Python lacks its library's source.
     """
     start = time.perf_counter()
     device = pick_device(settings.device)
     console.print(describe(device), style="bold", highlight=False)
     base = settings.output / "base"
     quiet_transformers()
-    base.mkdir(parents=True, exist_ok=True)
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"{base} cannot be made ({error.strerror}): choose another --output") from None
     texts = read_texts(settings.characters, settings.held_out_characters, console)
     torch.manual_seed(settings.seed)
-    model = small_llama().to(device)
+    model: Any = small_llama()
+    model.to(device)
 
     costs = measure_costs(model, texts, settings, console)
     deadline = start + 60 * settings.minutes

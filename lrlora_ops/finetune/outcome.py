@@ -26,7 +26,7 @@ def print_results(console: Console, before: dict[str, float], arms: Sequence[Arm
     rows = {
         "adapter parameters": [f"{arm.parameters:,}" for arm in arms],
         "sum of ranks": [f"{sum(arm.ranks.values()):,}" for arm in arms],
-        "ranks min/avg/max": [_spread(arm) for arm in arms],
+        "rank min/avg/max": [_spread(arm) for arm in arms],
         "training seconds": [f"{arm.seconds:.1f}" for arm in arms],
         "adapters, gradients, Adam: MB": [f"{arm.held[0] / 1e6:.2f}" for arm in arms],
         "the same at the end": [f"{arm.held[1] / 1e6:.2f}" for arm in arms],

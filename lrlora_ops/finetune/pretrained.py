@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -19,7 +18,7 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def load_pretrained(directory: Path, device: torch.device, dtype: str = "auto") -> tuple[nn.Module, Any]:
+def load_pretrained(directory: Path, device: torch.device, dtype: str = "auto") -> tuple[Any, Any]:
     """The causal language model and the tokenizer in ``directory``.
 
     Args:

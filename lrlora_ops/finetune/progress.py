@@ -44,4 +44,4 @@ def _ranks(adapters: Adapters | None) -> str:
     if adapters is None:
         return ""
     ranks = [int(rank) for rank in adapters.ranks().values()]
-    return f" · ranks {min(ranks)}/{sum(ranks) / len(ranks):.1f}/{max(ranks)} min/avg/max"
+    return f" · rank min {min(ranks)} avg {sum(ranks) / len(ranks):.1f} max {max(ranks)}"

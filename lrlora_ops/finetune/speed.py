@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from dataclasses import dataclass
 
@@ -17,17 +18,20 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def seconds_per_step(model: nn.Module, batch: Tensor, steps: int = 10) -> float:
-    """Median time of a forward and backward pass after the first; gradients are dropped, nothing is trained."""
-    times = []
-    for _ in range(1 + steps):
+def seconds_per_step(model: nn.Module, batch: Tensor, steps: int = 10, limit: float = 4.0) -> float:
+    """Median time of a forward and backward pass; gradients are dropped, nothing is trained.
+
+    Takes ``steps`` passes after a first one that is not counted, but no more after ``limit`` seconds.
+    """
+    times: list[float] = []
+    while len(times) < 2 or (len(times) <= steps and sum(times) < limit):
         start = time.perf_counter()
         model(input_ids=batch, labels=batch).loss.backward()
         if batch.is_cuda:
             torch.cuda.synchronize(batch.device)
         times.append(time.perf_counter() - start)
         model.zero_grad()
-    return sorted(times[1:])[steps // 2]
+    return statistics.median(times[1:])
 
 
 def choose_threads(model: nn.Module, batch: Tensor) -> dict[int, float]:

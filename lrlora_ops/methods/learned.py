@@ -158,7 +158,7 @@ class LearnedRankPolicy:
                 raise ValueError("penalty is set, so the first step needs the loss: step(loss=loss)")
             self.first_loss.copy_(loss.detach())
         if self.t >= self.method.warmup * self.total_steps:
-            self._update(self._gradient())
+            self._update(self._gradient(), self.total_steps)
         self.t += 1
         self.frozen = self.t >= self.method.freeze * self.total_steps
         self._choose_prefixes()
@@ -181,9 +181,9 @@ class LearnedRankPolicy:
         gradient = torch.nan_to_num(terms.sum(1) / self.first_loss, nan=0.0, posinf=0.0, neginf=0.0)
         return gradient + (self.method.penalty or 0.0)
 
-    def _update(self, gradient: Tensor) -> None:
+    def _update(self, gradient: Tensor, total_steps: int) -> None:
         """Adam whose second moment is one scalar for all groups, so that their relative importance survives."""
-        method, total = self.method, self.total_steps or 1
+        method = self.method
         self.updates += 1
         self.momentum.mul_(0.9).add_(gradient, alpha=0.1)
         self.variance.mul_(0.99).add_(gradient.square().mean(), alpha=0.01)
@@ -191,8 +191,8 @@ class LearnedRankPolicy:
             (self.variance / (1 - 0.99**self.updates)).sqrt() + 1e-12
         )
         learning = method.freeze - method.warmup
-        lr = method.lr or min(max(10 * method.max_rank / (learning * total), 1e-3), 1.0)
-        lr *= 1 - 0.9 * (self.t / total - method.warmup) / learning
+        lr = method.lr or min(max(10 * method.max_rank / (learning * total_steps), 1e-3), 1.0)
+        lr *= 1 - 0.9 * (self.t / total_steps - method.warmup) / learning
         self.rho.sub_(direction, alpha=lr).clamp_(0, method.max_rank)
         if method.penalty is None:
             self.rho.copy_(project_to_budget(self.rho, self.budget, method.max_rank))

@@ -147,7 +147,7 @@ def lora_linear(
             x.reshape(rows, x.shape[-1]),
             lora_A,
             lora_B,
-            None if gate is None else gate.to(torch.promote_types(x.dtype, torch.float32)),
+            None if gate is None else gate.to(torch.promote_types(x.dtype, torch.float32)).contiguous(),
             None if base is None else base.reshape(rows, out_features),
             weight,
             bias,

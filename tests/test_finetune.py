@@ -1,0 +1,108 @@
+"""What fine-tuning from the command line is built of: measuring, batches, planning."""
+
+import math
+
+import pytest
+import torch
+from lrlora_ops.finetune import speed
+from lrlora_ops.finetune.evaluate import bits_per_byte
+from lrlora_ops.finetune.tokens import EncodedText, batches, encode, sample, train_tokenizer
+from lrlora_ops.finetune.trainer import Recipe, train
+from lrlora_ops.finetune.errors import CommandError
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=300, initializer_range=0.3, **sizes)).eval()
+
+
+@pytest.mark.parametrize(
+    "length, seq_len, batch_size",
+    [
+        (16, 16, 4),  # one window
+        (31, 16, 4),  # two windows without a rest
+        (40, 16, 2),  # a shorter last window, padded in a batch
+        (32, 16, 4),  # a last window of two tokens
+        (10, 16, 4),  # less than a window
+    ],
+)
+def test_bits_per_byte_predicts_every_token_but_the_first_once(model, length, seq_len, batch_size):
+    tokens = torch.randint(300, (length,), generator=torch.Generator().manual_seed(0))
+    nats = 0.0
+    with torch.no_grad():
+        for index in range(1, length):
+            start = (index - 1) // (seq_len - 1) * (seq_len - 1)
+            logits = model(input_ids=tokens[None, start:index]).logits[0, -1].double()
+            nats -= torch.log_softmax(logits, 0)[tokens[index]].item()
+    bits = bits_per_byte(model, EncodedText(tokens, 77), seq_len, batch_size)
+    assert bits == pytest.approx(nats / math.log(2) / 77, rel=1e-5)
+    assert not model.training
+
+
+def test_encoding_is_lossless_and_puts_a_separator_before_each_document():
+    tokenizer = train_tokenizer(["some text, some more text\n"] * 3, 300)
+    documents = ["text älso ünseen ☃\n", "more"]
+    text = encode(tokenizer, documents)
+    assert tokenizer.decode(text.tokens) == "".join(tokenizer.eos_token + document for document in documents)
+    assert text.num_bytes == len("".join(documents).encode())
+
+
+def test_sample_is_a_fixed_part_of_the_documents():
+    documents = [str(digit) * 10 for digit in range(10)]
+    taken = sample(documents, 35)
+    assert taken == sample(documents, 35)
+    assert [len(part) for part in taken] == [10, 10, 10, 5]
+    assert all(any(document.startswith(part) for document in documents) for part in taken)
+    assert sorted(sample(documents, 1000)) == documents
+
+
+def test_batches_repeat_with_their_seed_and_mix_the_texts():
+    streams = [(torch.arange(100), 2), (torch.arange(1000, 1008), 1)]
+    made = list(batches(streams, 8, 50, seed=1))
+    assert all(torch.equal(a, b) for a, b in zip(made, batches(streams, 8, 50, seed=1), strict=True))
+    assert not torch.equal(torch.stack(made), torch.stack(list(batches(streams, 8, 50, seed=2))))
+    for batch in made:
+        assert batch.shape == (3, 8)
+        assert torch.equal(batch.diff(dim=1), torch.ones(3, 7, dtype=torch.int64))
+        assert torch.equal(batch[2], streams[1][0])
+    assert {int(batch[0, 0]) for batch in made} <= set(range(93))
+
+
+@pytest.mark.parametrize(
+    "available, steps",
+    [
+        (1000, (600, 400)),  # time enough: what is wanted, never more
+        (10 + 60 + 40, (300, 200)),  # half the time for training: half of both
+        (0, (10, 10)),  # none at all: still a run
+    ],
+)
+def test_steps_fit_the_time(available, steps):
+    costs = speed.Costs(pretraining=0.2, fine_tuning=0.2, measuring=10)
+    assert costs.fit(600, 400, available) == steps
+    assert costs.total(300, 200) == 110
+
+
+def test_costs_scale_with_a_machine_that_got_slower():
+    assert speed.Costs(1, 2, 3).scaled(2) == speed.Costs(2, 4, 6)
+
+
+@pytest.mark.parametrize("seconds, chosen", [({1: 1.0, 2: 0.6, 4: 0.7, 8: 0.1}, 2), ({1: 1.0, 2: 9.0}, 1)])
+def test_threads_are_chosen_by_the_clock(monkeypatch, seconds, chosen):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(speed, "usable_cores", lambda: 8)
+    monkeypatch.setattr(speed, "seconds_per_step", lambda *_: seconds[torch.get_num_threads()])
+    try:
+        timed = speed.choose_threads(torch.nn.Identity(), torch.zeros(1))
+        assert torch.get_num_threads() == chosen
+        assert max(timed) == 2 * chosen  # the first that did not help is the last that was tried
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(model):
+    stream = batches([(torch.randint(300, (100,)), 2)], 8, 5, seed=0)
+    with pytest.raises(CommandError, match="lower the learning rate"):
+        train(model, stream, Recipe(steps=5, lr=math.inf), lambda loss: None)
