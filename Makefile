@@ -38,7 +38,7 @@ gpu:  ## On a GPU: parity tests, then benchmarks, from the source tree with the 
 	    "on a machine with one, make test installs it" >&2; exit 1; }; \
 	set -ex; export PYTHONPATH=.; \
 	$$python -m pytest -m gpu tests; \
-	$$python -m pytest benchmarks/ --benchmark-only $(ARGS)
+	$$python -m pytest benchmarks/ --benchmark-only --results benchmarks/results/ $(ARGS)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 on the PATH: install one, or name it with PYTHON=..." >&2; exit 1; }

@@ -51,13 +51,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--results",
         type=Path,
         metavar="PATH",
-        help="write JSON to this file, or into this folder under the device's name",
+        help="write the measurements to this .json file, or into this folder under the device's name",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--results")
-    if path is not None and not path.absolute().parent.is_dir():
+    path = config.getoption("--results", None)
+    if path is not None and path.suffix == ".json" and not path.parent.is_dir():
         raise pytest.UsageError(f"--results {path}: there is no folder {path.parent}; make it, or name another")
     config.stash[BENCH] = Bench()
 
@@ -74,5 +74,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     about = report.environment(bench.device, bench.machines)
     terminalreporter.section("overhead over the base layer")
     terminalreporter.write_line(report.table(rows, about))
-    if (path := config.getoption("--results")) is not None:
+    if (path := config.getoption("--results", None)) is not None:
         terminalreporter.write_line(f"\nwrote {report.write(path, rows, about)}")

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +85,10 @@ class Provider:
 
     def results(self) -> dict[str, Tensor]:
         """The output, and the gradients by name, components as rows."""
-        y = self.step(FORWARD)()
-        gradients = self.step(FORWARD_BACKWARD)()
+        self.layer.eval()
+        y = self._forward()
+        self.layer.train()
+        gradients = self._forward_backward()
         results = dict(zip(("y", "x", *self.leaves), (y, *gradients), strict=True))
         if self.transposed_b:
             results["lora_B"] = results["lora_B"].t()
@@ -120,8 +123,10 @@ def peft(problem: Problem, rank: int) -> Provider:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise Unavailable(f"PEFT cannot be imported ({error}); pip install peft") from error
-    config = LoraConfig(r=rank, lora_alpha=SCALING * rank, target_modules=["layer"])
-    layer = inject_adapter_in_model(config, nn.ModuleDict({"layer": _linear(problem)}))["layer"]
+    config = LoraConfig(r=rank, lora_alpha=int(SCALING * rank), target_modules=["layer"])
+    model = nn.ModuleDict({"layer": _linear(problem)})
+    inject_adapter_in_model(config, model)
+    layer: Any = model["layer"]
     lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     with torch.no_grad():
         lora_a.copy_(problem.lora_A[:rank])

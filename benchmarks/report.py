@@ -85,7 +85,8 @@ def table(rows: list[Row], about: dict[str, Any]) -> str:
 
 def write(path: Path, rows: list[Row], about: dict[str, Any]) -> Path:
     """Writes all as JSON to a file, or into a folder under the device's name; returns the file."""
-    if path.is_dir():
+    if path.suffix != ".json":
+        path.mkdir(parents=True, exist_ok=True)
         path = path / (re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-") + ".json")
     path.write_text(json.dumps({**about, "rows": [row.record() for row in rows]}, indent=1) + "\n")
     return path

@@ -7,6 +7,7 @@ runs; pytest-benchmark is then given each provider's rounds by a clock that repl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     entries = [
         pytest.param(case, mode, provider, id=f"{case.id}-{mode}-{provider}".replace(" ", "-"))
-        for case in cases(device, metafunc.config.getoption("--quick"))
+        for case in cases(device, metafunc.config.getoption("--quick", False))
         for mode in MODES
         for provider in case.contenders()
     ]
@@ -44,7 +45,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.benchmark(timer=clock.now)
-def test_dense(case: Case, mode: str, provider: str, bench, benchmark) -> None:
+def test_dense(case: Case, mode: str, provider: str, bench: Any, benchmark: Any) -> None:
     outcome = bench.outcome(case, mode, provider)
     if isinstance(outcome, Unavailable):
         pytest.skip(str(outcome))

@@ -30,7 +30,7 @@ class Spread:
     @classmethod
     def of(cls, samples: Sequence[float]) -> Spread:
         if len(samples) == 1:
-            return cls(*samples * 3)
+            return cls(samples[0], samples[0], samples[0])
         quantiles = statistics.quantiles(samples, n=5, method="inclusive")
         return cls(statistics.median(samples), quantiles[0], quantiles[-1])
 

@@ -6,6 +6,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+
 from lrlora_ops.finetune import corpus
 from lrlora_ops.finetune.errors import CommandError
 

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from lrlora_ops.finetune import speed
+from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.evaluate import bits_per_byte
 from lrlora_ops.finetune.tokens import EncodedText, batches, encode, sample, train_tokenizer
 from lrlora_ops.finetune.trainer import Recipe, train
-from lrlora_ops.finetune.errors import CommandError
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture(scope="module")

@@ -150,13 +150,13 @@ def test_create_graph_alone_is_no_error(backend):
 @each_backend
 def test_dropout_masks(backend):
     """With x all ones and A, B identities the update is the mask: p holds, and backward has the very same mask."""
-    size, p = 256, 0.3
-    x = torch.ones(64, size, device=DEVICE[backend], requires_grad=True)
-    eye = torch.eye(size, device=DEVICE[backend], requires_grad=True)
+    size, p = 64, 0.3
+    x = torch.ones(80, size, device=DEVICE[backend], requires_grad=True)
+    lora_A, lora_B = (torch.eye(size, device=x.device).requires_grad_() for _ in range(2))
     torch.manual_seed(0)
-    first, second = (lora_linear(x, eye, eye, dropout=p, backend=backend) for _ in range(2))
+    first, second = (lora_linear(x, lora_A, lora_B, dropout=p, backend=backend) for _ in range(2))
     torch.manual_seed(0)
-    again = lora_linear(x, eye, eye, dropout=p, backend=backend)
+    again = lora_linear(x, lora_A, lora_B, dropout=p, backend=backend)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
     mask = first.detach()
@@ -164,9 +164,10 @@ def test_dropout_masks(backend):
     torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - p)))
     assert abs(1 - kept.float().mean() - p) < 5 * (p * (1 - p) / mask.numel()) ** 0.5
     dy = torch.randn_like(mask)
-    d_x, d_a = torch.autograd.grad(first, (x, eye), dy)
+    d_x, d_a, d_b = torch.autograd.grad(first, (x, lora_A, lora_B), dy)
     torch.testing.assert_close(d_x, mask * dy)
     torch.testing.assert_close(d_a, dy.t() @ mask, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(d_b, mask.t() @ dy, rtol=1e-4, atol=1e-4)
 
 
 @each_backend

@@ -183,7 +183,7 @@ def test_gram_splits(name, splits, monkeypatch):
 def test_row_splits_fill_the_machine_with_shares_worth_a_program():
     assert triton_gram.row_splits(0, 1, 0, 64) == 1
     assert triton_gram.row_splits(100, 1, 1, 64) == 1
-    assert triton_gram.row_splits(8192, 1, 32, 64) == 16  # 512 programs
+    assert triton_gram.row_splits(8192, 1, 32, 64) == 8  # 256 programs
     assert triton_gram.row_splits(8192, 64, 4 * 64, 64) == 1  # no expert has enough rows
 
 

@@ -3,9 +3,10 @@
 import io
 
 import pytest
-from lrlora_ops.report import RankMatrix, heatmap, rank_table
 from matplotlib.image import imread
 from rich.console import Console
+
+from lrlora_ops.report import RankMatrix, heatmap, rank_table
 
 PROJECTIONS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"]
 
