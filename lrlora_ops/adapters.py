@@ -128,23 +128,22 @@ class Adapters:
     def step(self, loss: Tensor | None = None) -> None:
         """Let the methods set the ranks; once per optimizer step, after backward and clipping, before the optimizer.
 
-        Averages the sensitivities over the default process group, and clears them.
+        Averages the sensitivities and the loss over the default process group, and clears the sensitivities.
 
         Args:
-            loss: The loss of the step; only ``LearnedRank(penalty=...)`` reads it.
+            loss: The loss of the step, a scalar; only ``LearnedRank(penalty=...)`` reads it.
         """
-        self._reduce_statistics()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._reduce_statistics()
+            loss = None if loss is None else _process_mean(loss.detach())
         for policy in self.policies:
             policy.step(loss)
         for module in self.modules.values():
             module.table.clear_statistics()
 
     def _reduce_statistics(self) -> None:
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return
         tables = [module.table for module in self.modules.values()]
-        reduced = torch.cat([table.sensitivity.detach() for table in tables]) / dist.get_world_size()
-        dist.all_reduce(reduced)
+        reduced = _process_mean(torch.cat([table.sensitivity.detach() for table in tables]))
         for table, sensitivity in zip(tables, reduced.split([t.pool_size for t in tables]), strict=True):
             table.gate.grad = sensitivity.clone()
 
@@ -253,3 +252,9 @@ class Adapters:
         from lrlora_ops.integrations.transformers import AdaptersCallback
 
         return AdaptersCallback(self)
+
+
+def _process_mean(x: Tensor) -> Tensor:
+    mean = x / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean

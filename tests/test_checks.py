@@ -73,21 +73,17 @@ def test_triton_refuses_float64(name):
 
 
 def test_triton_on_the_cpu_needs_its_interpreter():
-    """It works exactly when TRITON_INTERPRET=1 is set before the import, and says so."""
     code = """if True:
         import torch, lrlora_ops
-        x, a, b = torch.ones(2, 5), torch.ones(3, 5), torch.ones(3, 4)
         try:
-            print(lrlora_ops.lora_linear(x, a, b, backend="triton").sum().item())
+            lrlora_ops.lora_linear(torch.ones(2, 5), torch.ones(3, 5), torch.ones(3, 4), backend="triton")
         except ValueError as error:
             print(error)
     """
-    for value, expected in (("0", "TRITON_INTERPRET=1 before lrlora_ops is imported"), ("1", "120.0")):
-        environment = os.environ | {"TRITON_INTERPRET": value}
-        command = [sys.executable, "-c", code]
-        root = Path(__file__).parents[1]
-        result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
-        assert expected in result.stdout
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command, root = [sys.executable, "-c", code], Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+    assert "set TRITON_INTERPRET=1 before lrlora_ops is imported); use backend='eager'" in result.stdout
 
 
 def test_a_model_on_the_meta_device_has_shapes():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lrlora_ops.ops._backward import without_autocast
+
 
 def check_merge(adapter: nn.Module, merged: nn.Module, weight: Tensor, update: Tensor) -> None:
     """Compare both layers in evaluation mode on random rows, and leave their modes as they are.
@@ -23,7 +25,7 @@ def check_merge(adapter: nn.Module, merged: nn.Module, weight: Tensor, update: T
     try:
         for module, _ in modes:
             module.training = False
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             actual, expected = merged(probe).double(), adapter(probe).double()
     finally:
         for module, mode in modes:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lrlora_ops.modules._merge import check_merge
 from lrlora_ops.ops import lora_linear
+from lrlora_ops.ops._backward import without_autocast
 from lrlora_ops.rank_table import RankTable
 
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -198,7 +199,8 @@ class VariableRankLoRALinear(nn.Module):
         dtype = dtype or torch.promote_types(self.lora_A.dtype, torch.float32)
         dead = (torch.arange(self.max_rank, device=self.lora_B.device) >= self.table.ranks)[:, None]
         lora_A, lora_B = (p.to(dtype).masked_fill(dead, 0.0) for p in (self.lora_A, self.lora_B))
-        return self.scaling * (lora_B.t() @ lora_A)
+        with without_autocast(dead.device):
+            return self.scaling * (lora_B.t() @ lora_A)
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
@@ -222,8 +224,8 @@ class VariableRankLoRALinear(nn.Module):
         else:
             merged = copy.deepcopy(self.base_layer)
         dtype = torch.promote_types(torch.promote_types(weight.dtype, self.lora_A.dtype), torch.float32)
-        sum_ = weight.to(dtype) + self.delta_weight(dtype)
-        merged.weight = nn.Parameter(sum_.to(weight.dtype), requires_grad=False)
+        updated = (weight.to(dtype) + self.delta_weight(dtype)).to(weight.dtype)
+        merged.weight = nn.Parameter(updated, False) if isinstance(weight, nn.Parameter) else updated
         check_merge(self, merged, weight, self.delta_weight(torch.float64))
         return merged
 
