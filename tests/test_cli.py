@@ -18,26 +18,33 @@ from typer.testing import CliRunner
 from lrlora_ops import LearnedRank
 from lrlora_ops.cli import app
 from lrlora_ops.finetune import arm as arm_module
-from lrlora_ops.finetune.arm import Arm
-from lrlora_ops.finetune.base_model import read_texts
+from lrlora_ops.finetune.arm import Arm, Texts
 from lrlora_ops.finetune.demo import DemoSettings, check, fine_tune, run_demo
 from lrlora_ops.finetune.pretrained import load_pretrained
 from lrlora_ops.finetune.tokens import encode, train_tokenizer
 from lrlora_ops.finetune.trainer import Recipe
 
 ROOT = Path(__file__).parents[1]
-TEXT = "".join(f"line {index}: the ranks of {index % 7} layers are learned\n" for index in range(400))
+TEXT = "".join(f"line {index}: the ranks of {index % 7} layers are learned\n" for index in range(200))
 SMALL = ["--steps", "12", "--batch-size", "4", "--seq-len", "16", "--lr", "1e-2", "--rank", "2", "--device", "cpu"]
 
 
 def llama():
     torch.manual_seed(0)
-    sizes = {"eos_token_id": 0, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "eos_token_id": 0,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=64, initializer_range=0.3, **sizes))
 
 
 def gpt2_without_linear_layers():
-    return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +222,7 @@ TINY = DemoSettings(
     mean_rank=2,
     max_rank=8,
     pretraining=Recipe(10, 4e-3),
-    fine_tuning=Recipe(10, 8e-3),
+    fine_tuning=Recipe(10, 8e-3),  # fewer are never run
     characters=60_000,
     held_out_characters=1_000,
 )
@@ -244,9 +251,10 @@ def test_demo_shows_what_was_promised_and_passes(demo):
 
 
 def test_demo_fails_if_the_adapter_does_not_come_back(demo, monkeypatch, tmp_path):
-    settings = replace(demo[0], output=tmp_path)
-    base = demo[0].output / "base"
-    texts = read_texts(TINY.characters, TINY.held_out_characters, Console(quiet=True)).tuning
+    settings, base = replace(demo[0], output=tmp_path), demo[0].output / "base"
+    tokenizer = load_pretrained(base, torch.device("cpu"))[1]
+    text = encode(tokenizer, [TEXT])
+    texts = Texts([(text.tokens, 2)], {"text": text}, seq_len=32)
     fixed, learned = fine_tune(base, texts, TINY.fine_tuning, settings, Console(quiet=True))
     console = Console(record=True, file=io.StringIO())
     assert check(fixed, learned, texts, base, settings, console)

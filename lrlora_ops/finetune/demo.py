@@ -53,8 +53,8 @@ class DemoSettings:
     mean_rank: int = 4
     max_rank: int = 16
     freeze: float = 0.6
-    pretraining: Recipe = field(default_factory=lambda: Recipe(600, 4e-3, betas=(0.9, 0.95), weight_decay=0.1))
-    fine_tuning: Recipe = field(default_factory=lambda: Recipe(400, 8e-3))
+    pretraining: Recipe = field(default_factory=lambda: Recipe(500, 4e-3, betas=(0.9, 0.95), weight_decay=0.1))
+    fine_tuning: Recipe = field(default_factory=lambda: Recipe(300, 8e-3))
     characters: int = 3_000_000
     held_out_characters: int = 40_000
 
