@@ -29,22 +29,17 @@ TEXT = "".join(f"line {index}: the ranks of {index % 7} layers are learned\n" fo
 SMALL = ["--steps", "12", "--batch-size", "4", "--seq-len", "16", "--lr", "1e-2", "--rank", "2", "--device", "cpu"]
 
 
+TOKENS = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
+
+
 def llama():
     torch.manual_seed(0)
-    sizes = {
-        "eos_token_id": 0,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=64, initializer_range=0.3, **sizes))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(max_position_embeddings=64, initializer_range=0.3, **sizes, **TOKENS))
 
 
 def gpt2_without_linear_layers():
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
-    )
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, **TOKENS))
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +248,7 @@ def test_demo_shows_what_was_promised_and_passes(demo):
 def test_demo_fails_if_the_adapter_does_not_come_back(demo, monkeypatch, tmp_path):
     settings, base = replace(demo[0], output=tmp_path), demo[0].output / "base"
     tokenizer = load_pretrained(base, torch.device("cpu"))[1]
-    text = encode(tokenizer, [TEXT])
+    text = encode(tokenizer, [TEXT[:1000]])
     texts = Texts([(text.tokens, 2)], {"text": text}, seq_len=32)
     fixed, learned = fine_tune(base, texts, TINY.fine_tuning, settings, Console(quiet=True))
     console = Console(record=True, file=io.StringIO())

@@ -73,21 +73,16 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
         CommandError: The device is not there, the output cannot be written, or this Python lacks its library's source.
     """
     start = time.perf_counter()
-    device = pick_device(settings.device)
-    console.print(describe(device), style="bold", highlight=False)
-    base = settings.output / "base"
+    deadline = start + 60 * settings.minutes
+    device, base = pick_device(settings.device), make_output(settings.output)
     quiet_transformers()
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"{base} cannot be made ({error.strerror}): choose another --output") from None
+    console.print(describe(device), style="bold", highlight=False)
     texts = read_texts(settings.characters, settings.held_out_characters, console)
     torch.manual_seed(settings.seed)
     model: Any = small_llama()
     model.to(device)
 
     costs = measure_costs(model, texts, settings, console)
-    deadline = start + 60 * settings.minutes
     steps = plan(costs, settings, deadline, console)
     seconds = pretrain(model, texts, replace(settings.pretraining, steps=steps), settings.seed, console)
     model.save_pretrained(base)
@@ -98,6 +93,7 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
     steps = plan_fine_tuning(costs.scaled(seconds / (steps * costs.pretraining)), settings, deadline, console)
     recipe = replace(settings.fine_tuning, steps=steps)
     fixed, learned = fine_tune(base, texts.tuning, recipe, settings, console)
+
     print_results(console, before, [fixed, learned])
     print_comparison(console, fixed, learned)
     print_ranks(console, learned)
@@ -106,6 +102,16 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
     console.print(f"  {settings.output}: base/ is the model, adapter/ LearnedRank's adapter, ranks.png its heatmap")
     console.print(f"  {time.perf_counter() - start:.0f} s in all, {peak_memory(device)}")
     return passed
+
+
+def make_output(directory: Path) -> Path:
+    """Make the directory, and return the one in it for the model."""
+    base = directory / "base"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"{base} cannot be made ({error.strerror}): choose another --output") from None
+    return base
 
 
 def measure_costs(model: nn.Module, texts: DemoTexts, settings: DemoSettings, console: Console) -> Costs:
