@@ -7,13 +7,16 @@ from contextlib import contextmanager
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 if missing := [name for name in ("typer", "rich", "matplotlib", "transformers", "tokenizers") if not find_spec(name)]:
     raise SystemExit(f"lrlora needs {', '.join(missing)}, not installed here: pip install 'lrlora_ops[cli]'")
 
+import torch
 import typer
 from rich.console import Console
+
+from lrlora_ops.finetune.errors import CommandError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -101,10 +104,6 @@ def finetune(
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """What the user can put right becomes one line and exit code 2; a defect keeps its traceback."""
-    import torch
-
-    from lrlora_ops.finetune.errors import CommandError
-
     try:
         yield
     except (CommandError, OSError) as error:
@@ -115,7 +114,7 @@ def one_line_errors() -> Iterator[None]:
         _stop("stopped", 130)
 
 
-def _stop(message: str, code: int) -> None:
+def _stop(message: str, code: int) -> NoReturn:
     typer.echo(f"lrlora: {' '.join(message.split())}", err=True)
     raise typer.Exit(code) from None
 

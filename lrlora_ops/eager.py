@@ -7,15 +7,23 @@ on a CPU, and dead components are skipped. Each function is a custom op, so that
 BLAS may order a sum differently for another matrix shape. Components are therefore worked on in the fixed
 segments 0..16, 16..32, 32..64, 64..128 and so on: a component that is born leaves the shapes that the others
 see unchanged, and with a zero row of ``b`` it leaves the output bit-identical.
+
+Rows are worked on in blocks that stay in a core's cache: what has to be read twice is read from memory once, and
+half precision is widened to fp32 on the way where the CPU has no instructions for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _SEGMENT = 16
+# A block takes 2 MB in fp32, about a core's share of the caches, and has rows enough for BLAS to be quick.
+_BLOCK_ELEMENTS, _BLOCK_ROWS = 2**19, 128
+# torch.cpu.get_capabilities is younger than the oldest torch that is supported.
+_CPU: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+_MULTIPLIES_BF16 = any(_CPU.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def _segments(rank: int, max_rank: int) -> Iterator[tuple[int, int]]:
@@ -38,8 +46,24 @@ def _experts(
             yield expert, slice(offsets[expert], offsets[expert + 1]), rank
 
 
-def _take_rows(x: Tensor, rows: slice, row_index: Tensor | None) -> Tensor:
-    return x[rows] if row_index is None else x[row_index[rows]]
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What x is multiplied in: its own dtype if the CPU can, else fp32."""
+    own = x.dtype in (torch.float32, torch.float64) or (x.dtype == torch.bfloat16 and _MULTIPLIES_BF16)
+    return x.dtype if own else torch.float32
+
+
+def _row_blocks(
+    x: Tensor, rows: slice, compute: torch.dtype, reread: bool, row_index: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """(block of rows, what x has there in ``compute``); all rows at once unless that is widened or read repeatedly."""
+    size, widened = rows.stop - rows.start, compute != x.dtype
+    if reread or widened:
+        size = min(size, max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(x.shape[1], 1)) * torch.get_num_threads())
+    buffer = x.new_empty(size if widened else 0, x.shape[1], dtype=compute)
+    for first in range(rows.start, rows.stop, size):
+        block = slice(first, min(first + size, rows.stop))
+        x_rows = x[block] if row_index is None else x[row_index[block]]
+        yield block, buffer[: x_rows.shape[0]].copy_(x_rows) if widened else x_rows
 
 
 def _pool_index(components: Tensor | None, expert: int, low: int, high: int) -> slice | Tensor:
@@ -47,9 +71,23 @@ def _pool_index(components: Tensor | None, expert: int, low: int, high: int) -> 
     return slice(low, high) if components is None else components[expert, low:high].long()
 
 
-def _pad_rows(x: Tensor, count: int) -> Tensor:
-    """x with zero rows up to ``count``: what a segment has for its dead components, which are never read."""
-    return x if x.shape[0] == count else F.pad(x, (0, 0, 0, count - x.shape[0]))
+def _segment_rows(
+    pool: Tensor,
+    components: Tensor | None,
+    expert: int,
+    rank: int,
+    max_rank: int,
+    compute: torch.dtype,
+    gate: Tensor | None,
+) -> list[tuple[slice, Tensor]]:
+    """(rank slots, their gated pool rows) by segment; zero rows stand for dead components, which are never read."""
+    segments = []
+    for low, high in _segments(rank, max_rank):
+        index = _pool_index(components, expert, low, min(high, rank))
+        rows = (pool[index] if gate is None else pool[index] * gate[index, None]).to(compute)
+        missing = high - low - rows.shape[0]
+        segments.append((slice(low, high), F.pad(rows, (0, 0, 0, missing)) if missing else rows))
+    return segments
 
 
 @torch.library.custom_op("lrlora_eager::shrink", mutates_args=())
@@ -65,11 +103,12 @@ def shrink(
     """``u[i, j] = <x[i], a[comp(e_i, j)]>``, 0 beyond the rank; ``[L, max_rank]`` in x's dtype."""
     num_rows = x.shape[0] if row_index is None else row_index.shape[0]
     u = x.new_zeros(num_rows, max_rank)
+    compute = _compute_dtype(x)
     for expert, rows, rank in _experts(ranks, max_rank, group_offsets, num_rows):
-        x_rows = _take_rows(x, rows, row_index)
-        for low, high in _segments(rank, max_rank):
-            rows_of_a = a[_pool_index(components, expert, low, min(high, rank))].to(x.dtype)
-            u[rows, low:high] = x_rows @ _pad_rows(rows_of_a, high - low).t()
+        segments = _segment_rows(a, components, expert, rank, max_rank, compute, None)
+        for block, x_rows in _row_blocks(x, rows, compute, max_rank > _SEGMENT, row_index):
+            for slots, rows_of_a in segments:
+                u[block, slots] = x_rows @ rows_of_a.t()
     return u
 
 
@@ -90,11 +129,14 @@ def expand_(
     group_offsets: Tensor | None = None,
 ) -> None:
     """``out[i] += scaling * sum_j gate_j u[i, j] b[comp(e_i, j)]`` in place; out is ``[L, N]``."""
+    compute = _compute_dtype(out)
     for expert, rows, rank in _experts(ranks, u.shape[1], group_offsets, out.shape[0]):
-        for low, high in _segments(rank, u.shape[1]):
-            index = _pool_index(components, expert, low, min(high, rank))
-            rows_of_b = (b[index] if gate is None else b[index] * gate[index, None]).to(out.dtype)
-            out[rows].addmm_(u[rows, low:high].to(out.dtype), _pad_rows(rows_of_b, high - low), alpha=scaling)
+        segments = _segment_rows(b, components, expert, rank, u.shape[1], compute, gate)
+        for block, total in _row_blocks(out, rows, compute, u.shape[1] > _SEGMENT):
+            for slots, rows_of_b in segments:
+                total.addmm_(u[block, slots].to(compute), rows_of_b, alpha=scaling)
+            if compute != out.dtype:
+                out[block] = total
 
 
 @torch.library.custom_op("lrlora_eager::expand", mutates_args=())
@@ -134,11 +176,17 @@ def gram(
 ) -> Tensor:
     """``d[comp(e, j)] = scaling * gate_j * sum_{i in e} u[i, j] y[i]``; ``[pool_size, N]`` in ``dtype``, 0 if dead."""
     d = torch.zeros(pool_size, y.shape[1], dtype=dtype, device=y.device)
+    compute = _compute_dtype(y)
     for expert, rows, rank in _experts(ranks, u.shape[1], group_offsets, u.shape[0]):
-        index = _pool_index(components, expert, 0, rank)
-        factor = scaling if gate is None else scaling * gate[index, None]
-        d[index] = ((u[rows, :rank].to(y.dtype).t() @ _take_rows(y, rows, row_index)) * factor).to(dtype)
+        total = torch.zeros(rank, y.shape[1], dtype=compute, device=y.device)
+        for block, y_rows in _row_blocks(y, rows, compute, False, row_index):
+            total.addmm_(u[block, :rank].to(compute).t(), y_rows)
+        _store_gram(d, total, _pool_index(components, expert, 0, rank), scaling, gate)
     return d
+
+
+def _store_gram(d: Tensor, total: Tensor, index: slice | Tensor, scaling: float, gate: Tensor | None) -> None:
+    d[index] = (total * scaling if gate is None else total * (scaling * gate[index, None])).to(d.dtype)
 
 
 @gram.register_fake
@@ -161,12 +209,19 @@ def shrink_gram(
 
     c is ``[R]`` in fp32 (fp64 for fp64 inputs).
     """
-    v = shrink(dy, b, ranks, u.shape[1], components, group_offsets)
-    d_b = gram(u, dy, ranks, b.shape[0], scaling, b.dtype, gate, components, group_offsets)
+    v, d_b = dy.new_zeros(u.shape), b.new_zeros(b.shape)
     c = torch.zeros(b.shape[0], dtype=_sum_dtype(dy), device=dy.device)
+    compute = _compute_dtype(dy)
     for expert, rows, rank in _experts(ranks, u.shape[1], group_offsets, u.shape[0]):
-        product = u[rows, :rank].to(c.dtype) * v[rows, :rank].to(c.dtype)
-        c[_pool_index(components, expert, 0, rank)] = scaling * product.sum(0)
+        segments = _segment_rows(b, components, expert, rank, u.shape[1], compute, None)
+        total = torch.zeros(rank, dy.shape[1], dtype=compute, device=dy.device)
+        for block, dy_rows in _row_blocks(dy, rows, compute, compute != torch.bfloat16):
+            for slots, rows_of_b in segments:
+                v[block, slots] = dy_rows @ rows_of_b.t()
+            total.addmm_(u[block, :rank].to(compute).t(), dy_rows)
+        index = _pool_index(components, expert, 0, rank)
+        _store_gram(d_b, total, index, scaling, gate)
+        c[index] = scaling * (u[rows, :rank].to(c.dtype) * v[rows, :rank].to(c.dtype)).sum(0)
     return v, d_b, c
 
 

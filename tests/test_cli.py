@@ -238,7 +238,16 @@ def test_demo_shows_what_was_promised_and_passes(demo):
     settings, printed, passed = demo
     assert passed
     assert printed.count("PASS") == 3 and "FAIL" not in printed
-    for words in ("torch 2", "sha256", "predicted", "rank min", "tokens/s", "bits per byte", "seconds", "peak memory"):
+    for words in (
+        "torch 2",
+        "sha256",
+        "predicted",
+        "ranks 2/2.0/2",
+        "tokens/s",
+        "bits per byte",
+        "seconds",
+        "peak memory",
+    ):
         assert words in printed
     for text in ("library source", "reference text", "Unicode lines"):
         assert re.search(rf"{text} +\d\.\d+ +\d\.\d+ +\d\.\d+", printed)

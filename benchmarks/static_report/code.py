@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def _cuobjdump(option: str, cubin: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+@cache  # a disassembly takes a second, and many launches share their code
 def _read_cubin(cubin: bytes, shared: int) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -13,10 +13,8 @@ from lrlora_ops.report import rank_table
 
 
 def print_results(console: Console, before: dict[str, float], arms: Sequence[Arm]) -> None:
-    """One column for the model before, and one for each method."""
-    table = Table(
-        title="Held-out bits per byte (less is better), and what it took", title_justify="left", box=box.SIMPLE
-    )
+    """Bits per byte before and after each method, and what each took."""
+    table = Table(title="Held-out bits per byte (less is better)", title_justify="left", box=box.SIMPLE)
     table.add_column("")
     for name in ("before", *(type(arm.method).__name__ for arm in arms)):
         table.add_column(name, justify="right")

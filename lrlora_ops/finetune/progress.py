@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lrlora_ops import Adapters
 
@@ -16,14 +16,13 @@ from lrlora_ops import Adapters
 def training_progress(
     console: Console, title: str, steps: int, tokens_per_step: int, adapters: Adapters | None = None
 ) -> Iterator[Callable[[float], None]]:
-    """Show a bar; what it yields is called with the loss after every step."""
+    """Show a bar, with the lowest, mean and highest rank; call what it yields with the loss after every step."""
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=steps, status="")
@@ -44,4 +43,4 @@ def _ranks(adapters: Adapters | None) -> str:
     if adapters is None:
         return ""
     ranks = [int(rank) for rank in adapters.ranks().values()]
-    return f" · rank min {min(ranks)} avg {sum(ranks) / len(ranks):.1f} max {max(ranks)}"
+    return f" · ranks {min(ranks)}/{sum(ranks) / len(ranks):.1f}/{max(ranks)}"

@@ -158,6 +158,8 @@ class VariableRankLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K] -> [..., N]``. In training mode a method's sampled ranks and probes apply."""
         table = self.table
+        if table.gate.device != table.ranks.device:  # from_pretrained moves parameters and buffers alone
+            table.reset_training_state()
         return lora_linear(
             x,
             self.lora_A,
