@@ -145,7 +145,9 @@ class Adapters:
         tables = [module.table for module in self.modules.values()]
         reduced = _process_mean(torch.cat([table.sensitivity.detach() for table in tables]))
         for table, sensitivity in zip(tables, reduced.split([t.pool_size for t in tables]), strict=True):
-            table.gate.grad = sensitivity.clone()
+            if table.gate.grad is None:
+                table.gate.grad = torch.empty_like(table.gate)
+            table.gate.grad.copy_(sensitivity)
 
     def ranks(self) -> dict[str, Tensor]:
         """int32 ``[]`` per adapter: its rank. While ranks are learned, what rounding them now would give."""

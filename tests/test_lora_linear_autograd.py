@@ -148,6 +148,19 @@ def test_create_graph_alone_is_no_error(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("name", ["rank", "gate", "lora_A"])
+def test_a_step_between_forward_and_backward_is_an_error(name, backend):
+    """Of the method or the optimizer: backward would be of another function."""
+    rank = torch.tensor(3, dtype=torch.int32, device=DEVICE[backend])
+    given = operands(backend) | {"rank": rank}
+    y = lora_linear(**given, backend=backend)
+    with torch.no_grad():
+        given[name].fill_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@each_backend
 def test_dropout_masks(backend):
     """With x all ones and A, B identities the update is the mask: p holds, and backward has the very same mask."""
     size, p = 64, 0.3

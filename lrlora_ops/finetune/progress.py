@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -42,5 +43,5 @@ def training_progress(
 def _ranks(adapters: Adapters | None) -> str:
     if adapters is None:
         return ""
-    ranks = [int(rank) for rank in adapters.ranks().values()]
+    ranks = torch.stack(list(adapters.ranks().values())).tolist()
     return f" · ranks {min(ranks)}/{sum(ranks) / len(ranks):.1f}/{max(ranks)}"
