@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from benchmarks.shapes import Shape
 from benchmarks.timing import MIN_ROUNDS, Spread, differences, interleave
 
 ROOT = Path(__file__).parents[1]
+# pytest-benchmark turns itself off in a worker of pytest-xdist, and knows one by its environment.
+OUTSIDE_XDIST = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 CPU = torch.device("cpu")
 SHAPE = Shape("tiny", "q_proj", 33, 24, 40)
 MACHINE = Machine("any", bandwidth=1e9, flops=1e9)
@@ -152,7 +155,7 @@ def test_the_suite_runs(tmp_path):
     results, entries = tmp_path / "results.json", tmp_path / "entries.json"
     command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "--quick"]
     command += ["--results", str(results), "--benchmark-json", str(entries), "-p", "no:cacheprovider"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=OUTSIDE_XDIST)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "overhead ms" in finished.stdout
 
@@ -171,7 +174,7 @@ def test_the_suite_runs(tmp_path):
 def test_results_in_no_folder_are_refused(tmp_path):
     path = tmp_path / "missing" / "results.json"
     command = [sys.executable, "-m", "pytest", "benchmarks/", "--quick", "--results", str(path)]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=OUTSIDE_XDIST)
     assert finished.returncode == pytest.ExitCode.USAGE_ERROR
     assert "there is no folder" in finished.stderr
 
