@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lrlora_ops import VariableRankLoRALinear
+from lrlora_ops import Adapters, VariableRankLoRALinear
 
 
 class Block(nn.Module):
@@ -53,3 +53,12 @@ def trained(model: nn.Module) -> nn.Module:
         if isinstance(module, VariableRankLoRALinear):
             nn.init.normal_(module.lora_B, std=0.1)
     return model
+
+
+def optimize(loss: Tensor, adapters: Adapters, optimizer: torch.optim.Optimizer) -> float:
+    """One optimizer step as a training loop does it; the loss as a number."""
+    optimizer.zero_grad()
+    loss.backward()
+    adapters.step()
+    optimizer.step()
+    return loss.item()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lrlora_ops import FixedRank, LearnedRank, VariableRankLoRALinear, apply_lora
-from tests._models import ALL, IDS, Model, trained
+from tests._models import ALL, IDS, Model, optimize, trained
 
 
 def learn(model: nn.Module, adapters, steps: int, optimizer: torch.optim.Optimizer, seed: int = 2) -> list[float]:
@@ -19,11 +19,7 @@ def learn(model: nn.Module, adapters, steps: int, optimizer: torch.optim.Optimiz
     for _ in range(steps):
         ids = torch.randint(30, (4, 8), generator=generator)
         loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), (7 * ids + 3).flatten() % 30)
-        optimizer.zero_grad()
-        loss.backward()
-        adapters.step()
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(optimize(loss, adapters, optimizer))
     return losses
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lrlora_ops import FixedRank, LearnedRank, VariableRankLoRALinear, _checkpoint, apply_lora
+from tests._models import optimize
 
 STATE = "lrlora_state.json"
 METHODS = {"up": FixedRank(3), "*": LearnedRank(3, 6, total_steps=10, lr=0.5)}
@@ -33,11 +34,7 @@ def train(model, adapters, optimizer, steps: range) -> list[float]:
         torch.manual_seed(100 + step)
         x = torch.randn(16, 8)
         loss = (model(x) - x[:, :4].sin()).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        adapters.step()
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(optimize(loss, adapters, optimizer))
     return losses
 
 
