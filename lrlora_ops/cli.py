@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 if missing := [name for name in ("typer", "rich", "matplotlib", "transformers", "tokenizers") if not find_spec(name)]:
-    raise SystemExit(f"lrlora needs {', '.join(missing)}, not installed here: pip install 'lrlora_ops[cli]'")
+    print(f"lrlora needs {', '.join(missing)}, not installed here: pip install 'lrlora_ops[cli]'", file=sys.stderr)
+    raise SystemExit(2)
 
 import torch
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
-from lrlora_ops.finetune.errors import CommandError
+from lrlora_ops.finetune.errors import CheckFailed, CommandError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of it that newer versions of typer hold
+
+
+class OneLineErrors(TyperGroup):
+    """What the user can put right becomes one line and exit code 2; a defect keeps its traceback."""
+
+    def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
+        """Run the command that the arguments name, and exit."""
+        try:
+            with self.make_context("lrlora", list(sys.argv[1:] if args is None else args)) as context:
+                self.invoke(context)
+        except typer.Exit as stop:
+            sys.exit(stop.exit_code)
+        except UsageError as error:
+            command = error.ctx.command_path if error.ctx else "lrlora"
+            exit_with(f"{error.format_message()} (see {command} --help)", 2)
+        except (CommandError, OSError) as error:
+            exit_with(str(error), 2)
+        except CheckFailed as error:
+            exit_with(str(error), 1)
+        except torch.OutOfMemoryError:
+            exit_with("the GPU's memory is full: lower --batch-size or --seq-len, or add --dtype bfloat16", 2)
+        except KeyboardInterrupt:
+            exit_with("stopped", 130)
+        sys.exit()
+
+
+def exit_with(message: str, code: int) -> NoReturn:
+    """Say it in one line, and exit."""
+    typer.echo(f"lrlora: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+app = typer.Typer(cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Of the adapters, the batches and the sampled ranks.")]
@@ -35,9 +70,11 @@ class DtypeName(str, Enum):
     bfloat16 = "bfloat16"
 
 
-@app.callback()
-def lrlora() -> None:
+@app.callback(invoke_without_command=True)
+def lrlora(context: typer.Context) -> None:
     """LoRA whose rank is not one number."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -50,12 +87,10 @@ def demo(
     device: Device = "auto",
 ) -> None:
     """Pretrain a small language model on Python's library, then fine-tune it with fixed and with learned ranks."""
-    with one_line_errors():
-        from lrlora_ops.finetune.demo import DemoSettings, run_demo
+    from lrlora_ops.finetune.demo import DemoSettings, run_demo
+    from lrlora_ops.finetune.experiments import dense
 
-        passed = run_demo(DemoSettings(output=output, minutes=minutes, seed=seed, device=device), Console())
-    if not passed:
-        raise typer.Exit(1)
+    run_demo(dense(seed), DemoSettings(output=output, minutes=minutes, seed=seed, device=device), Console())
 
 
 @app.command()
@@ -78,45 +113,26 @@ def finetune(
     dtype: Annotated[DtypeName, typer.Option(help="Of the model; auto is the checkpoint's own.")] = DtypeName.auto,
 ) -> None:
     """Fine-tune a causal language model on text files, and measure it on text that was held out."""
-    with one_line_errors():
-        from lrlora_ops.finetune.own_text import FineTuneSettings, run_fine_tuning
+    from lrlora_ops.finetune.own_text import FineTuneSettings, run_fine_tuning
 
-        settings = FineTuneSettings(
-            model=model,
-            files=(*train, *(more or [])),
-            output=output,
-            learned=method is MethodName.learned,
-            rank=rank,
-            max_rank=max_rank,
-            targets=tuple(targets or ["all-linear"]),
-            steps=steps,
-            batch_size=batch_size,
-            seq_len=seq_len,
-            lr=lr,
-            eval_fraction=eval_fraction,
-            seed=seed,
-            device=device,
-            dtype=dtype.value,
-        )
-        run_fine_tuning(settings, Console())
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What the user can put right becomes one line and exit code 2; a defect keeps its traceback."""
-    try:
-        yield
-    except (CommandError, OSError) as error:
-        _stop(str(error), 2)
-    except torch.OutOfMemoryError:
-        _stop("the GPU's memory is full: lower --batch-size or --seq-len, or add --dtype bfloat16", 2)
-    except KeyboardInterrupt:
-        _stop("stopped", 130)
-
-
-def _stop(message: str, code: int) -> NoReturn:
-    typer.echo(f"lrlora: {' '.join(message.split())}", err=True)
-    raise typer.Exit(code) from None
+    settings = FineTuneSettings(
+        model=model,
+        files=(*train, *(more or [])),
+        output=output,
+        learned=method is MethodName.learned,
+        rank=rank,
+        max_rank=max_rank,
+        targets=tuple(targets or ["all-linear"]),
+        steps=steps,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        lr=lr,
+        eval_fraction=eval_fraction,
+        seed=seed,
+        device=device,
+        dtype=dtype.value,
+    )
+    run_fine_tuning(settings, Console())
 
 
 def main() -> None:

@@ -6,20 +6,24 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from lrlora_ops import LearnedRank
+from lrlora_ops import FixedRank, LearnedRank
 from lrlora_ops.cli import app
 from lrlora_ops.finetune import arm as arm_module
-from lrlora_ops.finetune.arm import Arm, Texts
-from lrlora_ops.finetune.demo import DemoSettings, check, fine_tune, run_demo
+from lrlora_ops.finetune.arm import Arm, ArmPlan, Texts
+from lrlora_ops.finetune.checks import print_checks, same_budget
+from lrlora_ops.finetune.demo import DemoSettings, fine_tune, run_demo, save_and_reload
+from lrlora_ops.finetune.errors import CheckFailed
+from lrlora_ops.finetune.experiments import dense, mixture_of_experts
 from lrlora_ops.finetune.pretrained import load_pretrained
 from lrlora_ops.finetune.tokens import encode, train_tokenizer
 from lrlora_ops.finetune.trainer import Recipe
@@ -74,9 +78,9 @@ def finetune(inputs, output, *options, model="llama", train="text"):
     return CliRunner().invoke(app, [str(word) for word in command])
 
 
-def assert_one_line(result, words):
-    """One line on stderr with these words, exit code 2, and no traceback."""
-    assert result.exit_code == 2, (result.output, result.exception)
+def assert_one_line(result, words, code=2):
+    """One line on stderr with these words, this exit code, and no traceback."""
+    assert result.exit_code == code, (result.output, result.exception)
     assert isinstance(result.exception, SystemExit)
     lines = result.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("lrlora: ")
@@ -128,6 +132,31 @@ def test_bad_option_is_one_line(inputs, tmp_path, options, words):
     assert_one_line(finetune(inputs, tmp_path / "adapter", *options), words)
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("finetune --rank abc", r"Invalid value for '--rank'.* \(see lrlora finetune --help\)"),
+        ("finetune --method abacus", r"Invalid value for '--method'.*learned.*\(see lrlora finetune --help\)"),
+        ("finetune --no-such-option", r"No such option: --no-such-option.*\(see lrlora finetune --help\)"),
+        ("finetune --train text", r"Missing option '--model'.*\(see lrlora finetune --help\)"),
+        ("finetune --model", r"'--model' requires an argument.*\(see lrlora --help\)"),  # told before any command
+        ("demo --seed 1.5", r"Invalid value for '--seed'.*\(see lrlora demo --help\)"),
+        ("demo extra", r"unexpected extra argument.*extra.*\(see lrlora demo --help\)"),
+        ("--rank 8", r"No such option: --rank.*\(see lrlora --help\)"),
+        ("dmo", r"No such command 'dmo'.*\(see lrlora --help\)"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments, words):
+    assert_one_line(CliRunner().invoke(app, arguments.split()), words)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_lists_the_commands(arguments):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert re.search(r"demo +Pretrain.*\n +finetune +Fine-tune", result.output)
+
+
 def test_output_is_refused_before_any_training_if_it_cannot_be_written(inputs, tmp_path):
     assert_one_line(finetune(inputs, inputs / "text" / "adapter"), r"cannot be written \(Not a directory\)")
     assert_one_line(finetune(inputs, inputs / "occupied"), "occupied is not empty: choose another --output")
@@ -145,9 +174,9 @@ def bits(output):
     return [float(word) for word in re.search(r"held-out text +([\d.]+) +([\d.]+)", output).groups()]
 
 
-def reload(inputs, output, method):
+def reload(inputs, output, plan, steps=12):
     model, tokenizer = load_pretrained(inputs / "llama", torch.device("cpu"))
-    again = Arm.prepare(model, method, "all-linear", seed=5)
+    again = Arm.prepare(plan, Recipe(steps, 1e-2), model, seed=5)
     again.adapters.load(output)
     return again, tokenizer
 
@@ -161,16 +190,54 @@ def test_finetune_learns_and_leaves_an_adapter_a_table_and_a_heatmap(inputs, tmp
     assert result.exit_code == 0, (result.output, result.exception)
     before, after = bits(result.output)
     assert after < 0.8 * before
+    assert re.search(r"PASS +\S*adapter loaded into a fresh copy of the model", result.output.replace("\n", ""))
 
     assert (output / "ranks.png").read_bytes().startswith(b"\x89PNG")
     assert "q" in (output / "ranks.txt").read_text()
-    again, tokenizer = reload(inputs, output, trained[0].method)
-    assert again.ranks == trained[0].ranks
-    assert sum(again.ranks.values()) == 2 * 14
+    again, tokenizer = reload(inputs, output, trained[0].plan, steps=30)
+    assert again.rank_by_layer == trained[0].rank_by_layer
+    assert sum(again.ranks) == 2 * 14
     tokens = encode(tokenizer, [TEXT[:200]]).tokens[None, :40]
     with torch.no_grad():
         expected = trained[0].model.eval()(input_ids=tokens).logits
         assert torch.equal(again.model.eval()(input_ids=tokens).logits, expected)
+
+
+def forget(adapters, directory):
+    """Stands in for a load that does nothing."""
+
+
+def refuse(adapters, directory):
+    raise ValueError("the file is damaged")
+
+
+@pytest.mark.parametrize(
+    "load, words",
+    [
+        (forget, "1 of 1 checks failed, see FAIL above: do not use"),
+        (refuse, "adapter was written, but cannot be loaded: the file is damaged"),
+    ],
+)
+def test_finetune_fails_if_the_adapter_does_not_come_back(inputs, tmp_path, monkeypatch, load, words):
+    monkeypatch.setattr("lrlora_ops.Adapters.load", load)
+    result = finetune(inputs, tmp_path / "adapter")
+    assert_one_line(result, words, code=1)
+    assert ("FAIL" in result.output) == (load is forget)
+    assert "PASS" not in result.output
+
+
+def test_finetune_frees_the_trained_model_before_it_loads_a_copy(inputs, tmp_path, monkeypatch):
+    loaded, still_there = [], []
+
+    def load(*args):
+        still_there.append(any(model() is not None for model in loaded))
+        model, tokenizer = load_pretrained(*args)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr("lrlora_ops.finetune.own_text.load_pretrained", load)
+    assert finetune(inputs, tmp_path / "adapter").exit_code == 0
+    assert still_there == [False, False]
 
 
 def test_finetune_takes_several_files_and_targets(inputs, tmp_path):
@@ -195,7 +262,7 @@ def test_finetune_that_is_interrupted_saves_the_adapter_and_says_where(inputs, t
     result = finetune(inputs, tmp_path / "adapter", "--method", "learned")
     assert result.exit_code == 130
     assert "interrupted" in result.output and "adapter" in result.output
-    again, _ = reload(inputs, tmp_path / "adapter", LearnedRank(2.0, 8, 12))
+    again, _ = reload(inputs, tmp_path / "adapter", ArmPlan("", lambda steps: LearnedRank(2.0, 8, steps)))
     assert any(parameter.abs().sum() > 0 for name, parameter in again.adapters.named_parameters() if "lora_B" in name)
 
 
@@ -204,70 +271,95 @@ def test_a_missing_extra_is_one_line_that_names_it():
 from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *args: None if name in ("typer", "matplotlib") else find_spec(name, *args)
-import lrlora_ops.cli
+from lrlora_ops.cli import main
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr == "lrlora needs typer, matplotlib, not installed here: pip install 'lrlora_ops[cli]'\n"
 
 
-TINY = DemoSettings(
-    minutes=5,
-    device="cpu",
-    mean_rank=2,
-    max_rank=8,
-    pretraining=Recipe(10, 4e-3),
-    fine_tuning=Recipe(10, 8e-3),  # fewer are never run
-    characters=60_000,
-    held_out_characters=1_000,
-)
+SHORT = {"minutes": 5, "device": "cpu", "characters": 60_000, "held_out_characters": 1_000}
+TEN_STEPS = Recipe(10, 8e-3)  # fewer are never run
+
+
+def tiny(experiment):
+    """The same with ten steps of each training."""
+    pretraining = replace(experiment.pretraining, steps=TEN_STEPS.steps)
+    return replace(experiment, pretraining=pretraining, fine_tuning=TEN_STEPS)
+
+
+def run(experiment, output):
+    """What a short demo prints; it raises if a check fails."""
+    threads = torch.get_num_threads()
+    console = Console(record=True, width=120, file=io.StringIO())
+    run_demo(tiny(experiment), DemoSettings(output=output, **SHORT), console)
+    torch.set_num_threads(threads)
+    return console.export_text()
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A short demo: its output directory, what it printed, and whether it passed."""
-    settings = replace(TINY, output=tmp_path_factory.mktemp("demo"))
-    threads = torch.get_num_threads()
-    console = Console(record=True, width=120, file=io.StringIO())
-    passed = run_demo(settings, console)
-    torch.set_num_threads(threads)
-    return settings, console.export_text(), passed
+    """A short dense demo: its output directory, and what it printed."""
+    output = tmp_path_factory.mktemp("demo")
+    return output, run(dense(seed=0), output)
 
 
 def test_demo_shows_what_was_promised_and_passes(demo):
-    settings, printed, passed = demo
-    assert passed
+    output, printed = demo
     assert printed.count("PASS") == 3 and "FAIL" not in printed
     for words in (
         "torch 2",
         "sha256",
         "predicted",
-        "ranks 2/2.0/2",
+        "ranks 4/4.0/4",
         "tokens/s",
         "bits per byte",
+        "LearnedRank against FixedRank",
+        "FixedRank, LearnedRank: 43,008 adapter parameters each",
+        "FixedRank, LearnedRank: ranks that sum to 112 each",
         "seconds",
         "peak memory",
     ):
         assert words in printed
-    for text in ("library source", "reference text", "Unicode lines"):
+    for text in ("library source", r"reference text \(near\)", r"Unicode lines \(far\)"):
         assert re.search(rf"{text} +\d\.\d+ +\d\.\d+ +\d\.\d+", printed)
-    assert {path.name for path in settings.output.iterdir()} == {"base", "adapter", "ranks.png"}
+    assert {path.name for path in output.iterdir()} == {"base", "adapter", "ranks.png"}
+
+
+def test_demo_runs_any_arms_on_a_mixture_of_experts(tmp_path):
+    plans = (
+        ArmPlan("queries and keys", lambda _: FixedRank(4), ["q_proj", "k_proj"]),
+        ArmPlan("values", lambda steps: LearnedRank(8, 16, steps), "v_proj"),
+    )
+    printed = run(mixture_of_experts(plans), tmp_path)
+    assert printed.count("PASS") == 3
+    assert "queries and keys, values: ranks that sum to 32 each" in printed
+    assert "values against queries and keys" in printed
+    assert AutoConfig.from_pretrained(tmp_path / "base").model_type == "qwen3_moe"
 
 
 def test_demo_fails_if_the_adapter_does_not_come_back(demo, monkeypatch, tmp_path):
-    settings, base = replace(demo[0], output=tmp_path), demo[0].output / "base"
-    tokenizer = load_pretrained(base, torch.device("cpu"))[1]
-    text = encode(tokenizer, [TEXT[:1000]])
+    base = demo[0] / "base"
+    text = encode(load_pretrained(base, torch.device("cpu"))[1], [TEXT[:1000]])
     texts = Texts([(text.tokens, 2)], {"text": text}, seq_len=32)
-    fixed, learned = fine_tune(base, texts, TINY.fine_tuning, settings, Console(quiet=True))
-    console = Console(record=True, file=io.StringIO())
-    assert check(fixed, learned, texts, base, settings, console)
-    monkeypatch.setattr("lrlora_ops.Adapters.load", lambda *_: None)
-    assert not check(fixed, learned, texts, base, settings, console)
-    assert "FAIL" in console.export_text()
+    console = Console(quiet=True)
+    arms = fine_tune(base, texts, dense(seed=0), TEN_STEPS, DemoSettings(**SHORT), console)
+    assert all(same_budget(arms).values())
+    print_checks(console, save_and_reload(arms[1], base, texts, tmp_path))
+    monkeypatch.setattr("lrlora_ops.Adapters.load", forget)
+    with pytest.raises(CheckFailed, match="1 of 1 checks failed"):
+        print_checks(console, save_and_reload(arms[1], base, texts, tmp_path))
 
 
-@pytest.mark.parametrize("passed, code", [(True, 0), (False, 1)])
-def test_demo_exit_code_says_whether_it_passed(monkeypatch, passed, code):
-    monkeypatch.setattr("lrlora_ops.finetune.demo.run_demo", lambda *_: passed)
-    assert CliRunner().invoke(app, ["demo"]).exit_code == code
+def test_arms_of_unequal_budgets_fail_the_check():
+    plans = [ArmPlan(name, lambda _, rank=rank: FixedRank(rank)) for name, rank in (("two", 2), ("three", 3))]
+    arms = [Arm.prepare(plan, TEN_STEPS, llama(), seed=0) for plan in plans]
+    assert not any(same_budget(arms).values())
+
+
+def test_a_demo_whose_checks_fail_is_one_line_and_exit_code_1(monkeypatch):
+    def fail(*_):
+        raise CheckFailed("1 of 3 checks failed")
+
+    monkeypatch.setattr("lrlora_ops.finetune.demo.run_demo", fail)
+    assert_one_line(CliRunner().invoke(app, ["demo"]), "1 of 3 checks failed", code=1)

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lrlora_ops.finetune import speed
 from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.evaluate import bits_per_byte
+from lrlora_ops.finetune.experiments import dense, mixture_of_experts
 from lrlora_ops.finetune.tokens import EncodedText, batches, encode, sample, train_tokenizer
-from lrlora_ops.finetune.trainer import Recipe, train
+from lrlora_ops.finetune.trainer import Recipe, batch_loss, train
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +108,45 @@ def test_a_loss_that_is_not_finite_stops_the_training(model):
     stream = batches([(torch.randint(300, (100,)), 2)], 8, 5, seed=0)
     with pytest.raises(CommandError, match="lower the learning rate"):
         train(model, stream, Recipe(steps=5, lr=math.inf), lambda loss: None)
+
+
+def test_the_demos_models_are_as_large_as_documented():
+    sizes = [AutoModelForCausalLM.from_config(e.config).num_parameters() for e in (dense(0), mixture_of_experts(()))]
+    assert [round(size / 1e6, 1) for size in sizes] == [1.0, 2.8]
+
+
+def test_the_balance_loss_is_that_of_each_layer_alone():
+    """E * sum over experts of (share of the rows) * (mean probability), from the Switch Transformer, per layer."""
+    torch.manual_seed(0)
+    experiment = mixture_of_experts(())
+    model = AutoModelForCausalLM.from_config(experiment.config)
+    with torch.no_grad():  # layers that are unbalanced, and each in its own way
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.normal_(0, 1)
+    batch = torch.randint(1024, (2, 16))
+    with torch.no_grad():
+        logits = model(input_ids=batch, output_router_logits=True).router_logits
+    expected = 0.0
+    for layer in logits:
+        probabilities = layer.double().softmax(-1)
+        rows = torch.bincount(layer.topk(2).indices.flatten(), minlength=16).double()
+        expected += 16 * float((rows / len(layer) * probabilities.mean(0)).sum())
+    plain, balanced = batch_loss(model, batch), batch_loss(model, batch, balance=0.01)
+    assert (balanced - plain).item() == pytest.approx(0.01 * expected, rel=1e-4)
+    balanced.backward()
+    assert all(layer.mlp.gate.weight.grad.any() for layer in model.model.layers)
+
+
+def test_training_follows_the_balance_of_its_recipe():
+    """The first step, before any update, shows the loss of the same model on the same batch."""
+    first = []
+    for balance in (0.0, 1.0):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(mixture_of_experts(()).config)
+        batch = torch.randint(1024, (2, 16), generator=torch.Generator().manual_seed(0))
+        expected = batch_loss(model, batch, balance).item()
+        losses: list[float] = []
+        train(model, [batch], Recipe(1, 1e-3, balance=balance), losses.append)
+        assert losses == [expected]
+        first += losses
+    assert first[1] > first[0] + 4 * 2  # each of 4 layers adds at least the number of experts that a token visits

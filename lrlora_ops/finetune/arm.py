@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrlora_ops import Adapters, apply_lora
 from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.evaluate import bits_per_byte
-from lrlora_ops.finetune.progress import training_progress
+from lrlora_ops.finetune.progress import rank_list, training_progress
 from lrlora_ops.finetune.tokens import EncodedText, batches
 from lrlora_ops.finetune.trainer import Recipe, train
 from lrlora_ops.methods import Method
@@ -40,14 +41,41 @@ class Texts:
         """Rows in a batch."""
         return sum(rows for _, rows in self.train)
 
-    def measure(self, model: torch.nn.Module) -> dict[str, float]:
+    def measure(self, model: nn.Module) -> dict[str, float]:
         """Bits per byte of every held-out text."""
         return {name: bits_per_byte(model, text, self.seq_len, self.rows) for name, text in self.held_out.items()}
 
 
+@dataclass(frozen=True)
+class ArmPlan:
+    """One way to fine-tune a model.
+
+    Attributes:
+        name: In tables and progress bars.
+        method: The method's settings for a run of so many steps.
+        targets: As ``apply_lora`` takes them.
+    """
+
+    name: str
+    method: Callable[[int], Method]
+    targets: str | Sequence[str] = "all-linear"
+
+    def apply(self, model: nn.Module, steps: int, seed: int) -> Adapters:
+        """Put new adapters into the model.
+
+        Raises:
+            CommandError: There is nothing to adapt.
+        """
+        torch.manual_seed(seed)
+        try:
+            return apply_lora(model, self.method(steps), self.targets)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+
+
 @dataclass
 class Arm:
-    """A method's adapters on a model of their own, and what was measured on the way.
+    """A plan carried out on a model of its own, and what was measured on the way.
 
     Attributes:
         bits: Held-out bits per byte by text, after training.
@@ -56,8 +84,9 @@ class Arm:
         gpu_bytes: Peak of memory allocated on the GPU, the model included; None on CPU.
     """
 
-    method: Method
-    model: torch.nn.Module
+    plan: ArmPlan
+    recipe: Recipe
+    model: Any
     adapters: Adapters
     bits: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -65,17 +94,13 @@ class Arm:
     gpu_bytes: int | None = None
 
     @classmethod
-    def prepare(cls, model: torch.nn.Module, method: Method, targets: str | Sequence[str], seed: int) -> Arm:
-        """Put new adapters into the model.
+    def prepare(cls, plan: ArmPlan, recipe: Recipe, model: nn.Module, seed: int) -> Arm:
+        """Put the plan's adapters into the model.
 
         Raises:
             CommandError: There is nothing to adapt.
         """
-        torch.manual_seed(seed)
-        try:
-            return cls(method, model, apply_lora(model, method, targets))
-        except ValueError as error:
-            raise CommandError(str(error)) from error
+        return cls(plan, recipe, model, plan.apply(model, recipe.steps, seed))
 
     @property
     def parameters(self) -> int:
@@ -83,20 +108,26 @@ class Arm:
         return sum(parameter.numel() for parameter in self.adapters.parameters())
 
     @property
-    def ranks(self) -> dict[str, int]:
+    def ranks(self) -> list[int]:
+        """The rank of every layer, or of every expert in it."""
+        return rank_list(self.adapters)
+
+    @property
+    def rank_by_layer(self) -> dict[str, int]:
+        """The rank of every layer by name, for layers that have one rank each."""
         return {name: int(rank) for name, rank in self.adapters.ranks().items()}
 
-    def train(self, texts: Texts, recipe: Recipe, seed: int, console: Console) -> None:
-        """Train the adapters and measure the model; the same seed gives every method the same batches."""
-        device = self.adapters.parameters()[0].device
+    def train(self, texts: Texts, seed: int, console: Console) -> None:
+        """Train the adapters and measure the model; the same seed gives every arm the same batches."""
+        steps, device = self.recipe.steps, self.adapters.parameters()[0].device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         held_at_start = self._held()
-        stream = batches(texts.train, texts.seq_len, recipe.steps, seed)
-        title = type(self.method).__name__
-        with training_progress(console, title, recipe.steps, texts.rows * texts.seq_len, self.adapters) as on_step:
+        stream = batches(texts.train, texts.seq_len, steps, seed)
+        tokens_per_step = texts.rows * texts.seq_len
+        with training_progress(console, self.plan.name, steps, tokens_per_step, self.adapters) as on_step:
             start = time.perf_counter()
-            train(self.model, stream, recipe, on_step, self.adapters)
+            train(self.model, stream, self.recipe, on_step, self.adapters)
             self.seconds = time.perf_counter() - start
         self.held = held_at_start, self._held()
         if device.type == "cuda":

@@ -1,47 +1,43 @@
-"""The demo: pretrain a small language model on Python's library, then fine-tune it with fixed and learned ranks."""
+"""The demo: pretrain a small language model on Python's library, then fine-tune it in several ways and compare."""
 
 from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from lrlora_ops import FixedRank, LearnedRank
 from lrlora_ops.finetune.arm import Arm, Texts
-from lrlora_ops.finetune.base_model import DemoTexts, read_texts, small_llama
+from lrlora_ops.finetune.checks import comes_back, print_checks, same_budget
+from lrlora_ops.finetune.demo_texts import DemoTexts, read_texts
 from lrlora_ops.finetune.errors import CommandError
+from lrlora_ops.finetune.experiments import Experiment
 from lrlora_ops.finetune.machine import describe, peak_memory, pick_device
-from lrlora_ops.finetune.outcome import print_comparison, print_ranks, print_results
+from lrlora_ops.finetune.outcome import print_comparison, print_results, show_ranks
 from lrlora_ops.finetune.pretrained import load_pretrained, quiet_transformers
 from lrlora_ops.finetune.progress import training_progress
 from lrlora_ops.finetune.speed import OPTIMIZER_SHARE, Costs, choose_threads, seconds_per_step
 from lrlora_ops.finetune.tokens import batches
 from lrlora_ops.finetune.trainer import Recipe, train
-from lrlora_ops.methods import Method
-from lrlora_ops.report import heatmap
 
 PRETRAINING_ROWS = 8
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo does; the defaults are what ``lrlora demo`` runs.
+    """Where and for how long the demo runs.
 
     Attributes:
         output: Directory for the model, the adapter and the heatmap; made if need be.
         minutes: Steps are cut on a machine that would need longer.
-        seed: Of the weights, the batches and the sampled ranks.
+        seed: Of the weights, the batches and the adapters.
         device: ``auto``, ``cpu``, ``cuda``, ...
-        mean_rank: Rank of every layer for FixedRank, and their mean for LearnedRank.
-        max_rank: The most that LearnedRank may give a layer.
-        freeze: Share of the fine-tuning after which LearnedRank's ranks are final.
-        pretraining, fine_tuning: Recipes; both methods have the same.
         characters: How much of each text is encoded to train on.
         held_out_characters: How much of each held-out text is measured on.
     """
@@ -50,11 +46,6 @@ class DemoSettings:
     minutes: float = 2.5
     seed: int = 0
     device: str = "auto"
-    mean_rank: int = 4
-    max_rank: int = 16
-    freeze: float = 0.6
-    pretraining: Recipe = field(default_factory=lambda: Recipe(500, 4e-3, betas=(0.9, 0.95), weight_decay=0.1))
-    fine_tuning: Recipe = field(default_factory=lambda: Recipe(300, 8e-3))
     characters: int = 3_000_000
     held_out_characters: int = 40_000
 
@@ -63,45 +54,41 @@ class DemoSettings:
             raise CommandError(f"--minutes is {self.minutes}; it must be above 0")
 
 
-def run_demo(settings: DemoSettings, console: Console) -> bool:
-    """Pretrain, fine-tune with both methods, show, check.
-
-    Returns:
-        Whether every check passed.
+def run_demo(experiment: Experiment, settings: DemoSettings, console: Console) -> None:
+    """Pretrain, fine-tune in each way, show, check.
 
     Raises:
         CommandError: The device is not there, the output cannot be written, or this Python lacks its library's source.
+        CheckFailed: What must hold of any run does not.
     """
     start = time.perf_counter()
     deadline = start + 60 * settings.minutes
     device, base = pick_device(settings.device), make_output(settings.output)
     quiet_transformers()
     console.print(describe(device), style="bold", highlight=False)
-    texts = read_texts(settings.characters, settings.held_out_characters, console)
+    texts = read_texts(settings.characters, settings.held_out_characters, experiment.tuning_rows, console)
     torch.manual_seed(settings.seed)
-    model: Any = small_llama()
-    model.to(device)
+    model: Any = AutoModelForCausalLM.from_config(experiment.config).to(device)
 
-    costs = measure_costs(model, texts, settings, console)
-    steps = plan(costs, settings, deadline, console)
-    seconds = pretrain(model, texts, replace(settings.pretraining, steps=steps), settings.seed, console)
+    costs = measure_costs(model, texts, experiment, settings.seed, console)
+    recipe = plan_pretraining(costs, experiment, settings, deadline, console)
+    seconds = pretrain(model, texts, recipe, settings.seed, console)
     model.save_pretrained(base)
     texts.tokenizer.save_pretrained(base)
     before = texts.tuning.measure(model)
 
     # The machine may have become slower, or faster, since the costs were measured.
-    steps = plan_fine_tuning(costs.scaled(seconds / (steps * costs.pretraining)), settings, deadline, console)
-    recipe = replace(settings.fine_tuning, steps=steps)
-    fixed, learned = fine_tune(base, texts.tuning, recipe, settings, console)
+    costs = costs.scaled(seconds / (recipe.steps * costs.pretraining))
+    recipe = plan_fine_tuning(costs, experiment, settings, deadline, console)
+    arms = fine_tune(base, texts.tuning, experiment, recipe, settings, console)
 
-    print_results(console, before, [fixed, learned])
-    print_comparison(console, fixed, learned)
-    print_ranks(console, learned)
-    heatmap(learned.ranks, settings.output / "ranks.png", "LearnedRank: rank by layer and module")
-    passed = check(fixed, learned, texts.tuning, base, settings, console)
-    console.print(f"  {settings.output}: base/ is the model, adapter/ LearnedRank's adapter, ranks.png its heatmap")
+    print_results(console, before, arms)
+    print_comparison(console, arms[0], arms[1:])
+    show_ranks(console, arms[-1], settings.output / "ranks.png")
+    print_checks(console, same_budget(arms) | save_and_reload(arms[-1], base, texts.tuning, settings.output))
+    name = arms[-1].plan.name
+    console.print(f"  {settings.output}: base/ is the model, adapter/ {name}'s adapter, ranks.png its heatmap")
     console.print(f"  {time.perf_counter() - start:.0f} s in all, {peak_memory(device)}")
-    return passed
 
 
 def make_output(directory: Path) -> Path:
@@ -114,53 +101,56 @@ def make_output(directory: Path) -> Path:
     return base
 
 
-def measure_costs(model: nn.Module, texts: DemoTexts, settings: DemoSettings, console: Console) -> Costs:
+def measure_costs(model: nn.Module, texts: DemoTexts, experiment: Experiment, seed: int, console: Console) -> Costs:
     """Time a few steps of pretraining and of fine-tuning; on CPU, choose the number of threads by it."""
-    device = next(model.parameters()).device
-    batch = next(batches([(texts.source, PRETRAINING_ROWS)], texts.tuning.seq_len, 1, settings.seed)).to(device)
+    device, balance = next(model.parameters()).device, experiment.pretraining.balance
+    batch = next(batches([(texts.source, PRETRAINING_ROWS)], texts.tuning.seq_len, 1, seed)).to(device)
     if device.type == "cpu":
-        seconds = choose_threads(model, batch)
+        seconds = choose_threads(model, batch, balance)
         times = ", ".join(f"{1e3 * value:.0f} ms with {threads}" for threads, value in seconds.items())
         console.print(f"  a step of {batch.numel():,} tokens takes {times} threads; using {torch.get_num_threads()}")
-    step = OPTIMIZER_SHARE * seconds_per_step(model, batch)
+    step = OPTIMIZER_SHARE * seconds_per_step(model, batch, balance)
     held_out = sum(len(text.tokens) for text in texts.tuning.held_out.values())
-    # Four times: the base model, each of two arms, one arm loaded again. A forward pass is a third of a step.
-    measuring = 4 * held_out / batch.numel() * step / 3
+    # The base model, each arm, one arm loaded again. A forward pass is a third of a step.
+    measuring = (len(experiment.plans) + 2) * held_out / batch.numel() * step / 3
     arms = 0.0
-    for method in methods(settings, settings.fine_tuning.steps):
-        trial = Arm.prepare(copy.deepcopy(model), method, "all-linear", settings.seed)
-        arms += OPTIMIZER_SHARE * seconds_per_step(trial.model, batch[: texts.tuning.rows])
+    for plan in experiment.plans:
+        trial = copy.deepcopy(model)
+        plan.apply(trial, experiment.fine_tuning.steps, seed)
+        arms += OPTIMIZER_SHARE * seconds_per_step(trial, batch[: texts.tuning.rows])
     return Costs(step, arms, measuring)
 
 
-def plan(costs: Costs, settings: DemoSettings, deadline: float, console: Console) -> int:
-    """Steps of pretraining; says what is to be expected of the whole run."""
-    wanted = settings.pretraining.steps, settings.fine_tuning.steps
+def plan_pretraining(
+    costs: Costs, experiment: Experiment, settings: DemoSettings, deadline: float, console: Console
+) -> Recipe:
+    """The pretraining that fits the time; says what is to be expected of the whole run."""
+    wanted = experiment.pretraining.steps, experiment.fine_tuning.steps
     steps = costs.fit(*wanted, deadline - time.perf_counter())
     console.print(
-        f"  predicted: {costs.total(*steps):.0f} s for {steps[0]} steps of pretraining, 2 x {steps[1]} of fine-tuning, "
-        "and measuring"
+        f"  predicted: {costs.total(*steps):.0f} s for {steps[0]} steps of pretraining, "
+        f"{len(experiment.plans)} x {steps[1]} of fine-tuning, and measuring"
     )
-    say_if_cut("pretraining", steps[0], wanted[0], settings, console)
-    return steps[0]
+    return cut("pretraining", experiment.pretraining, steps[0], settings, console)
 
 
-def plan_fine_tuning(costs: Costs, settings: DemoSettings, deadline: float, console: Console) -> int:
-    """Steps of each fine-tuning, with what time is left after the pretraining."""
-    wanted = settings.fine_tuning.steps
-    _, steps = costs.fit(0, wanted, deadline - time.perf_counter())
-    say_if_cut("each fine-tuning", steps, wanted, settings, console)
-    return steps
+def plan_fine_tuning(
+    costs: Costs, experiment: Experiment, settings: DemoSettings, deadline: float, console: Console
+) -> Recipe:
+    """Each arm's fine-tuning, with what time is left after the pretraining."""
+    _, steps = costs.fit(0, experiment.fine_tuning.steps, deadline - time.perf_counter())
+    return cut("each fine-tuning", experiment.fine_tuning, steps, settings, console)
 
 
-def say_if_cut(phase: str, steps: int, wanted: int, settings: DemoSettings, console: Console) -> None:
-    """A shorter run is another experiment than the one in the documentation."""
-    if steps < wanted:
+def cut(phase: str, recipe: Recipe, steps: int, settings: DemoSettings, console: Console) -> Recipe:
+    """The recipe with so many steps; says if they are fewer: it is another experiment than the documentation's then."""
+    if steps < recipe.steps:
         console.print(
-            f"  slow machine: {phase} is cut from {wanted} to {steps} steps to end within {settings.minutes:g} minutes "
-            "(--minutes gives it more)",
+            f"  slow machine: {phase} is cut from {recipe.steps} to {steps} steps to end within "
+            f"{settings.minutes:g} minutes (--minutes gives it more)",
             style="yellow",
         )
+    return replace(recipe, steps=steps)
 
 
 def pretrain(model: nn.Module, texts: DemoTexts, recipe: Recipe, seed: int, console: Console) -> float:
@@ -172,39 +162,22 @@ def pretrain(model: nn.Module, texts: DemoTexts, recipe: Recipe, seed: int, cons
     return time.perf_counter() - start
 
 
-def methods(settings: DemoSettings, steps: int) -> list[Method]:
-    """The two that are compared, with the same sum of ranks."""
-    learned = LearnedRank(
-        settings.mean_rank, settings.max_rank, total_steps=steps, freeze=settings.freeze, seed=settings.seed
-    )
-    return [FixedRank(settings.mean_rank), learned]
-
-
-def fine_tune(base: Path, texts: Texts, recipe: Recipe, settings: DemoSettings, console: Console) -> list[Arm]:
-    """Each method from the same weights, on the same batches."""
+def fine_tune(
+    base: Path, texts: Texts, experiment: Experiment, recipe: Recipe, settings: DemoSettings, console: Console
+) -> list[Arm]:
+    """Each arm from the same weights, on the same batches."""
     arms = []
-    for method in methods(settings, recipe.steps):
+    for plan in experiment.plans:
         model, _ = load_pretrained(base, pick_device(settings.device))
-        arm = Arm.prepare(model, method, "all-linear", settings.seed)
-        arm.train(texts, recipe, settings.seed, console)
+        arm = Arm.prepare(plan, recipe, model, settings.seed)
+        arm.train(texts, settings.seed, console)
         arms.append(arm)
     return arms
 
 
-def check(fixed: Arm, learned: Arm, texts: Texts, base: Path, settings: DemoSettings, console: Console) -> bool:
-    """Print PASS or FAIL for what must hold of any run, whatever it came to; returns whether all holds."""
-    directory = settings.output / "adapter"
-    learned.adapters.save(directory)
-    model, _ = load_pretrained(base, pick_device(settings.device))
-    reloaded = Arm.prepare(model, learned.method, "all-linear", settings.seed + 1)
-    reloaded.adapters.load(directory)
-    bits = texts.measure(model)
-    ranks, budget = learned.ranks.values(), settings.mean_rank * len(learned.ranks)
-    checks = {
-        f"both methods train {fixed.parameters:,} adapter parameters": fixed.parameters == learned.parameters,
-        f"the learned ranks sum to the budget, {budget}": sum(ranks) == budget,
-        f"{directory} loaded into a fresh copy of the model gives the same bits per byte": bits == learned.bits,
-    }
-    for text, passed in checks.items():
-        console.print(f"{'PASS' if passed else 'FAIL'}  {text}", style="green" if passed else "red", highlight=False)
-    return all(checks.values())
+def save_and_reload(arm: Arm, base: Path, texts: Texts, output: Path) -> dict[str, bool]:
+    """Save the arm's adapters, and check them on a fresh copy of the base model."""
+    directory = output / "adapter"
+    arm.adapters.save(directory)
+    model, _ = load_pretrained(base, arm.model.device)
+    return comes_back(directory, arm.plan, arm.recipe.steps, model, texts, arm.bits)

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from lrlora_ops import FixedRank, LearnedRank
-from lrlora_ops.finetune.arm import Arm, Texts
+from lrlora_ops.finetune.arm import Arm, ArmPlan, Texts
+from lrlora_ops.finetune.checks import comes_back, print_checks
 from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.machine import describe, peak_memory, pick_device
-from lrlora_ops.finetune.outcome import print_ranks, print_results
+from lrlora_ops.finetune.outcome import print_results, show_ranks
 from lrlora_ops.finetune.pretrained import load_pretrained
 from lrlora_ops.finetune.tokens import encode
 from lrlora_ops.finetune.trainer import Recipe
-from lrlora_ops.methods import Method
-from lrlora_ops.report import heatmap, rank_table
+from lrlora_ops.report import rank_table
 
 
 @dataclass(frozen=True)
@@ -64,42 +65,58 @@ class FineTuneSettings:
                 raise CommandError(f"--{option} is {getattr(self, name)}; it must be {wanted}")
 
     @property
-    def method(self) -> Method:
+    def plan(self) -> ArmPlan:
         """FixedRank, or LearnedRank with ``max_rank`` at four times the mean unless it is given."""
         if not self.learned:
-            return FixedRank(int(self.rank))
-        return LearnedRank(self.rank, self.max_rank or math.ceil(4 * self.rank), self.steps, seed=self.seed)
+            return ArmPlan("FixedRank", lambda _: FixedRank(int(self.rank)), self.targets)
+        max_rank = self.max_rank or math.ceil(4 * self.rank)
+        return ArmPlan(
+            "LearnedRank", lambda steps: LearnedRank(self.rank, max_rank, steps, seed=self.seed), self.targets
+        )
 
 
 def run_fine_tuning(settings: FineTuneSettings, console: Console) -> None:
-    """Train, measure, save.
+    """Train, measure, save, check.
 
     Raises:
         CommandError: The input cannot be used, or the run cannot go on.
+        CheckFailed: What was saved is not what was trained.
         KeyboardInterrupt: The user stopped it; the adapter is saved.
     """
     device = pick_device(settings.device)
     documents = [read_text(path) for path in settings.files]
     prepare_output(settings.output)
-    model, tokenizer = load_pretrained(settings.model, device, settings.dtype)
     console.print(describe(device), style="bold", highlight=False)
+    texts, bits = train_and_save(documents, settings, device, console)
+    model, _ = load_pretrained(settings.model, device, settings.dtype)
+    print_checks(console, comes_back(settings.output, settings.plan, settings.steps, model, texts, bits))
+    console.print(f"  {settings.output}: the adapter, ranks.txt, ranks.png; {peak_memory(device)}")
+
+
+def train_and_save(
+    documents: Sequence[str], settings: FineTuneSettings, device: torch.device, console: Console
+) -> tuple[Texts, dict[str, float]]:
+    """Train and leave the adapter, its ranks and their picture in the output directory.
+
+    Returns:
+        The texts and what they were measured at; not the model, so that there is memory for another copy of it.
+    """
+    model, tokenizer = load_pretrained(settings.model, device, settings.dtype)
     texts = split_texts(documents, tokenizer, model, settings, console)
-    arm = Arm.prepare(model, settings.method, settings.targets, settings.seed)
+    arm = Arm.prepare(settings.plan, Recipe(settings.steps, settings.lr), model, settings.seed)
     before = texts.measure(model)
-    recipe = Recipe(settings.steps, settings.lr)
     try:
-        arm.train(texts, recipe, settings.seed, console)
+        arm.train(texts, settings.seed, console)
     except KeyboardInterrupt:
         arm.adapters.save(settings.output)
         console.print(f"interrupted; the adapter as it was is saved in {settings.output}", style="yellow")
         raise
     arm.adapters.save(settings.output)
     print_results(console, before, [arm])
-    print_ranks(console, arm)
-    heatmap(arm.ranks, settings.output / "ranks.png", f"{type(arm.method).__name__}: rank by layer and module")
+    show_ranks(console, arm, settings.output / "ranks.png")
     with (settings.output / "ranks.txt").open("w") as file:
-        Console(file=file, width=200).print(rank_table(arm.ranks))
-    console.print(f"  {settings.output}: the adapter, ranks.txt, ranks.png; {peak_memory(device)}")
+        Console(file=file, width=200).print(rank_table(arm.rank_by_layer))
+    return texts, arm.bits
 
 
 def read_text(path: Path) -> str:

@@ -34,14 +34,19 @@ def training_progress(
             done += 1
             smooth = loss if done == 1 else 0.95 * smooth + 0.05 * loss
             speed = done * tokens_per_step / (time.perf_counter() - start)
-            status = f"loss {smooth:.3f} · {speed:,.0f} tokens/s{_ranks(adapters)}"
+            status = f"loss {smooth:.3f} · {speed:,.0f} tokens/s"
+            if adapters is not None:
+                status += f" · ranks {spread(rank_list(adapters))}"
             progress.update(task, completed=done, status=status)
 
         yield on_step
 
 
-def _ranks(adapters: Adapters | None) -> str:
-    if adapters is None:
-        return ""
-    ranks = torch.stack(list(adapters.ranks().values())).tolist()
-    return f" · ranks {min(ranks)}/{sum(ranks) / len(ranks):.1f}/{max(ranks)}"
+def rank_list(adapters: Adapters) -> list[int]:
+    """The rank of every layer, or of every expert in it."""
+    return torch.cat([ranks.flatten() for ranks in adapters.ranks().values()]).tolist()
+
+
+def spread(ranks: list[int]) -> str:
+    """Lowest, mean and highest."""
+    return f"{min(ranks)}/{sum(ranks) / len(ranks):.1f}/{max(ranks)}"

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lrlora_ops.finetune.trainer import batch_loss
+
 OPTIMIZER_SHARE = 1.15  # a training step takes this much longer than its forward and backward pass
 
 
@@ -18,7 +20,9 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def seconds_per_step(model: nn.Module, batch: Tensor, steps: int = 10, limit: float = 4.0) -> float:
+def seconds_per_step(
+    model: nn.Module, batch: Tensor, balance: float = 0.0, steps: int = 10, limit: float = 4.0
+) -> float:
     """Median time of a forward and backward pass; gradients are dropped, nothing is trained.
 
     Takes ``steps`` passes after a first one that is not counted, but no more after ``limit`` seconds.
@@ -26,7 +30,7 @@ def seconds_per_step(model: nn.Module, batch: Tensor, steps: int = 10, limit: fl
     times: list[float] = []
     while len(times) < 2 or (len(times) <= steps and sum(times) < limit):
         start = time.perf_counter()
-        model(input_ids=batch, labels=batch).loss.backward()
+        batch_loss(model, batch, balance).backward()
         if batch.is_cuda:
             torch.cuda.synchronize(batch.device)
         times.append(time.perf_counter() - start)
@@ -34,7 +38,7 @@ def seconds_per_step(model: nn.Module, batch: Tensor, steps: int = 10, limit: fl
     return statistics.median(times[1:])
 
 
-def choose_threads(model: nn.Module, batch: Tensor) -> dict[int, float]:
+def choose_threads(model: nn.Module, batch: Tensor, balance: float = 0.0) -> dict[int, float]:
     """Time 1, 2, 4, ... threads and set the fastest: on busy cores two can be many times slower than one.
 
     Returns:
@@ -44,7 +48,7 @@ def choose_threads(model: nn.Module, batch: Tensor) -> dict[int, float]:
     threads = 1
     while threads <= usable_cores():
         torch.set_num_threads(threads)
-        seconds[threads] = seconds_per_step(model, batch)
+        seconds[threads] = seconds_per_step(model, batch, balance)
         if seconds[threads] > min(seconds.values()):
             break
         threads *= 2
@@ -72,4 +76,8 @@ class Costs:
         """Cut both numbers of steps by the same factor until they fit ``available`` seconds, to ``least`` at most."""
         training = self.total(pretraining, fine_tuning) - self.measuring
         factor = min(1.0, (available - self.measuring) / training)
-        return tuple(min(steps, max(least, int(factor * steps))) for steps in (pretraining, fine_tuning))  # type: ignore
+
+        def cut(steps: int) -> int:
+            return min(steps, max(least, int(factor * steps)))
+
+        return cut(pretraining), cut(fine_tuning)

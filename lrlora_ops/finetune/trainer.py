@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from lrlora_ops import Adapters
 from lrlora_ops.finetune.errors import CommandError
@@ -16,13 +18,35 @@ from lrlora_ops.finetune.errors import CommandError
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW with a linear warm-up over 5% of the steps, then a cosine down to 10% of ``lr``."""
+    """AdamW with a linear warm-up over 5% of the steps, then a cosine down to 10% of ``lr``.
+
+    Attributes:
+        balance: Weight of the load-balancing loss of each Mixture-of-Experts layer; 0 for none.
+    """
 
     steps: int
     lr: float
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    balance: float = 0.0
+
+
+def batch_loss(model: nn.Module, batch: Tensor, balance: float = 0.0) -> Tensor:
+    """Cross entropy of the next token, plus ``balance`` times the sum of the layers' load-balancing losses.
+
+    Args:
+        model: A causal language model of transformers; with ``balance`` one of experts, its own
+            ``router_aux_loss_coef`` 0.
+        batch: int64 ``[rows, tokens]``.
+        balance: transformers' balance loss pools all layers, which lets one make up for another; this one does not.
+    """
+    if not balance:
+        return model(input_ids=batch, labels=batch).loss
+    config: Any = model.config
+    sizes = config.num_experts, config.num_experts_per_tok
+    output = model(input_ids=batch, labels=batch, output_router_logits=True)
+    return output.loss + balance * sum(load_balancing_loss_func((logits,), *sizes) for logits in output.router_logits)
 
 
 def train(
@@ -53,7 +77,7 @@ def train(
     compacted = adapters is None
     for step, batch in enumerate(batches):
         batch = batch.to(device)
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = batch_loss(model, batch, recipe.balance)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
         if adapters is not None:
