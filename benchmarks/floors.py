@@ -81,5 +81,9 @@ _FLOPS = {
     "gram_kernel": _product,
     "shrink_gram_kernel": lambda arguments: _product(arguments) * (2 if arguments["FUSE_GRAM"] else 1),
     "reduce_kernel": lambda arguments: arguments["partial_ptr"].numel(),
+    "grouped_gemm_kernel": lambda arguments: (
+        2 * arguments["num_rows"] * arguments["in_features"] * arguments["out_features"]
+    ),
+    "combine_kernel": lambda arguments: 2 * arguments["positions_ptr"].numel() * arguments["num_cols"],
     "dropout_kernel": lambda arguments: 2 * arguments["x_ptr"].numel(),
 }

@@ -30,13 +30,13 @@ def _tiles(*rows: tuple[int, int, int, int, int]) -> dict[int, Tile]:
 
 _CUDA = {
     "shrink": _tiles((64, 128, 16, 4, 4), (64, 128, 32, 8, 4), (64, 64, 64, 4, 5), (64, 64, 128, 8, 4)),
-    "expand": _tiles((64, 64, 16, 4, 2), (64, 64, 32, 4, 2), (64, 128, 32, 8, 2), (64, 128, 32, 8, 2)),
-    "gram": _tiles((64, 128, 16, 4, 4), (64, 128, 32, 4, 4), (64, 64, 64, 4, 4), (64, 64, 128, 4, 4)),
+    "expand": _tiles((64, 64, 16, 4, 1), (64, 64, 32, 4, 2), (64, 128, 32, 8, 2), (64, 128, 32, 8, 2)),
+    "gram": _tiles((64, 128, 16, 4, 4), (64, 128, 32, 8, 4), (64, 64, 64, 4, 4), (64, 64, 128, 4, 4)),
     "shrink_gram": _tiles((128, 64, 16, 8, 5), (64, 128, 32, 8, 4), (64, 64, 64, 4, 5), (64, 64, 128, 8, 4)),
 }
 # Without tensor cores the operands of a product sit in registers.
 _CUDA_FP32 = {
-    "shrink": _tiles((64, 32, 16, 4, 3), (64, 32, 32, 4, 3), (64, 32, 64, 4, 3), (64, 32, 128, 8, 3)),
+    "shrink": _tiles((64, 32, 16, 4, 3), (64, 32, 32, 4, 3), (64, 32, 64, 4, 3), (64, 64, 128, 8, 2)),
     "expand": _tiles((64, 64, 16, 8, 2), (64, 64, 16, 8, 2), (64, 64, 16, 8, 2), (64, 64, 16, 8, 2)),
     "gram": _tiles((32, 64, 16, 4, 3), (32, 64, 32, 4, 3), (32, 64, 64, 4, 3), (16, 64, 128, 8, 4)),
     "shrink_gram": _tiles((64, 32, 16, 8, 3), (64, 32, 32, 4, 3), (64, 32, 64, 4, 3), (64, 32, 128, 8, 3)),
@@ -56,6 +56,13 @@ _HIP_FP32 = {
 }
 # By family of GPUs and bytes of an element.
 CONFIGS = {("cuda", 2): _CUDA, ("cuda", 4): _CUDA_FP32, ("hip", 2): _HIP, ("hip", 4): _HIP_FP32}
+# The base product of experts with few rows, and with many; block_r is the step along K.
+GEMM_CONFIGS = {
+    ("cuda", 2): (Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
+    ("cuda", 4): (Tile(64, 64, 16, 8, 3), Tile(64, 64, 16, 8, 3)),
+    ("hip", 2): (Tile(64, 128, 64, 4, 2), Tile(128, 128, 64, 8, 2)),
+    ("hip", 4): (Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2)),
+}
 
 
 def backend() -> str:
@@ -66,3 +73,9 @@ def backend() -> str:
 def tile_for(kernel: str, width: int, dtype: torch.dtype) -> Tile:
     """The tile of a kernel on this machine, for U and V of ``width`` columns and a product of tiles of ``dtype``."""
     return CONFIGS[backend(), dtype.itemsize][kernel][min(width, 128)]
+
+
+def gemm_tile(rows_per_expert: int, dtype: torch.dtype) -> Tile:
+    """The tile of a base product on this machine: the larger one for experts that fill it."""
+    small, large = GEMM_CONFIGS[backend(), dtype.itemsize]
+    return large if rows_per_expert >= large.block_m else small

@@ -14,8 +14,17 @@ def padded_rank(max_rank: int) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How fp32 tiles are multiplied: as ``torch.set_float32_matmul_precision`` says; other dtypes have one way."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """How fp32 tiles are multiplied: "tf32" or "ieee", as torch multiplies on the GPU; other dtypes have one way.
+
+    Follows ``torch.backends.cuda.matmul.fp32_precision`` and, as that does, ``torch.set_float32_matmul_precision``.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    # Younger than the oldest torch that is supported. Once it is set, reading the older setting raises.
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if precision is None:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if precision == "tf32" else "ieee"
 
 
 def row_major(x: torch.Tensor) -> torch.Tensor:

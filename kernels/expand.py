@@ -145,13 +145,14 @@ def expand(
     group_offsets: Tensor | None = None,
     base: Tensor | None = None,
 ) -> Tensor:
-    """``base`` (or zero) plus the expansion, as a new tensor ``[L, N]`` in base's dtype (or u's)."""
-    if group_offsets is not None:  # rows of no expert are in no tile
-        out = u.new_zeros(u.shape[0], b.shape[1]) if base is None else base.clone(memory_format=torch.contiguous_format)
-        base = None if base is None else out
-    else:
-        base = None if base is None else base.contiguous()
-        out = (u if base is None else base).new_empty(u.shape[0], b.shape[1])
+    """``base`` (or zero) plus the expansion, as a new tensor ``[L, N]`` in base's dtype (or u's).
+
+    Rows of no expert are zero.
+    """
+    base = None if base is None else base.contiguous()
+    like = u if base is None else base
+    # Rows of no expert are in no tile.
+    out = (like.new_empty if group_offsets is None else like.new_zeros)(u.shape[0], b.shape[1])
     _launch(out, base, u, b, ranks, scaling, gate, components, group_offsets)
     return out
 

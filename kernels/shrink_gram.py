@@ -12,13 +12,13 @@ from torch import Tensor
 
 from lrlora_ops.kernels._configs import tile_for
 from lrlora_ops.kernels._reduce import reduce_slabs
-from lrlora_ops.kernels._tiles import dot_precision, locate_tile, pool_rows, row_major, row_tiles
+from lrlora_ops.kernels._tiles import dot_precision, locate_tile, pool_rows, row_major, row_tiles, source_rows
 from lrlora_ops.kernels.gram import gram
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def shrink_gram_kernel(
-    dy_ptr,  # [L, N]
+    dy_ptr,  # [T, N]
     b_ptr,  # [R, N]
     u_ptr,  # [L, WIDTH], zero beyond the rank
     v_ptr,  # [L, WIDTH], output
@@ -27,6 +27,7 @@ def shrink_gram_kernel(
     ranks_ptr,  # [E]
     components_ptr,  # [E, max_rank]
     group_offsets_ptr,  # [E + 1]
+    row_index_ptr,  # [L]
     num_rows,
     num_cols,
     num_experts,
@@ -36,6 +37,7 @@ def shrink_gram_kernel(
     FUSE_GRAM: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     GROUPED: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -54,7 +56,7 @@ def shrink_gram_kernel(
     mask_r = offs_r < rank
     offs_n = tl.arange(0, BLOCK_N)
 
-    dy_rows = offs_m.to(tl.int64) * stride_dym
+    dy_rows = source_rows(row_index_ptr, offs_m, mask_m, HAS_INDEX) * stride_dym
     b_rows = pool_rows(components_ptr, expert, offs_r, rank, max_rank, HAS_TABLE) * num_cols
     slots = offs_m.to(tl.int64)[:, None] * WIDTH + offs_r[None, :]
     partial_rows = (pid_m.to(tl.int64) * WIDTH + offs_r) * num_cols
@@ -92,10 +94,14 @@ def shrink_gram(
     gate: Tensor | None = None,
     components: Tensor | None = None,
     group_offsets: Tensor | None = None,
+    row_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """v ``[L, WIDTH]`` in dy's dtype, d_b ``[R, N]`` in b's dtype and c ``[R]`` in fp32, for dy ``[L, N]``."""
+    """v ``[L, WIDTH]`` in dy's dtype, d_b ``[R, N]`` in b's dtype and c ``[R]`` in fp32, for dy ``[T, N]``.
+
+    ``row_index`` ``[L]`` gathers rows of dy; without it L is T.
+    """
     dy, u = row_major(dy), u.contiguous()
-    num_rows, num_cols, num_experts, width = dy.shape[0], dy.shape[1], ranks.shape[0], u.shape[1]
+    num_rows, num_cols, num_experts, width = u.shape[0], dy.shape[1], ranks.shape[0], u.shape[1]
     tile = tile_for("shrink_gram", width, dy.dtype)
     tiles = row_tiles(num_rows, num_experts, tile.block_m)
     fused = fuses_gram(width, tile.block_m, dy.element_size())
@@ -114,6 +120,7 @@ def shrink_gram(
             ranks,
             components,
             group_offsets,
+            row_index,
             num_rows,
             num_cols,
             num_experts,
@@ -123,6 +130,7 @@ def shrink_gram(
             FUSE_GRAM=fused,
             HAS_TABLE=components is not None,
             GROUPED=group_offsets is not None,
+            HAS_INDEX=row_index is not None,
             PRECISION=dot_precision(dy.dtype),
             BLOCK_E=triton.next_power_of_2(num_experts),
             BLOCK_M=tile.block_m,
@@ -132,12 +140,12 @@ def shrink_gram(
         )
     reduce_slabs(c_partial, c[:, None], ranks, scaling, None, components, group_offsets, block_m=tile.block_m)
     if not fused:
-        return v, gram(u, dy, ranks, b.shape[0], scaling, b.dtype, gate, components, group_offsets), c
+        return v, gram(u, dy, ranks, b.shape[0], scaling, b.dtype, gate, components, group_offsets, row_index), c
     d_b = b.new_zeros(b.shape)
     reduce_slabs(d_partial, d_b, ranks, scaling, gate, components, group_offsets, block_m=tile.block_m)
     return v, d_b, c
 
 
 @shrink_gram.register_fake
-def _(dy, b, u, ranks, scaling, gate=None, components=None, group_offsets=None):
+def _(dy, b, u, ranks, scaling, gate=None, components=None, group_offsets=None, row_index=None):
     return dy.new_empty(u.shape), b.new_empty(b.shape), dy.new_empty(b.shape[0], dtype=torch.float32)

@@ -1,19 +1,27 @@
 """lrlora_ops: kernels and modules for LoRA whose rank is not one number."""
 
 from lrlora_ops.adapters import Adapters, apply_lora
-from lrlora_ops.methods import FixedRank, LearnedRank
-from lrlora_ops.modules import VariableRankLoRALinear
-from lrlora_ops.ops import lora_linear
+from lrlora_ops.methods import DynamicRank, FixedRank, LearnedRank
+from lrlora_ops.modules import VariableRankLoRAExperts, VariableRankLoRAGroupedLinear, VariableRankLoRALinear
+from lrlora_ops.ops import ExpertLinear, grouped_lora_linear, lora_linear, moe_lora_mlp
 from lrlora_ops.rank_table import RankTable
+from lrlora_ops.routing import Routing
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapters",
+    "DynamicRank",
+    "ExpertLinear",
     "FixedRank",
     "LearnedRank",
     "RankTable",
+    "Routing",
+    "VariableRankLoRAExperts",
+    "VariableRankLoRAGroupedLinear",
     "VariableRankLoRALinear",
     "apply_lora",
+    "grouped_lora_linear",
     "lora_linear",
+    "moe_lora_mlp",
 ]

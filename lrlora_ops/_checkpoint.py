@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lrlora_ops.methods import Method
 from lrlora_ops.rank_table import RankTable
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 STATE_FILE = "lrlora_state.json"
 VERSION = 1
-_MODULE_TENSORS = ("lora_A", "lora_B", "table.components", "table.ranks")
 _SAME = "call apply_lora with the model, method and targets that were saved"
 
 
@@ -37,12 +37,12 @@ def save(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
     tensors, policies = _policy_state(adapters)
     for name, module in adapters.modules.items():
         state = module.state_dict()
-        tensors |= {f"{name}.{key}": state[key].detach().cpu().contiguous() for key in _MODULE_TENSORS}
+        tensors |= {f"{name}.{key}": state[key].detach().cpu().contiguous() for key in _keys(module.settings())}
     tensor_file = f"lrlora_adapters-{uuid.uuid4().hex}.safetensors"
     state = {
         "version": VERSION,
         "tensors": tensor_file,
-        "modules": {name: _settings(module) for name, module in adapters.modules.items()},
+        "modules": {name: module.settings() for name, module in adapters.modules.items()},
         "methods": _describe(adapters),
         "policies": policies,
     }
@@ -67,11 +67,10 @@ def load(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); load another checkpoint") from error
     for name, module in adapters.modules.items():
-        held = state["modules"][name]["max_rank"]
-        if module.max_rank != held:
-            module.set_rank(min(int(module.rank), held))
-            module.resize(held)
-        module.load_state_dict({key: tensors[f"{name}.{key}"] for key in _MODULE_TENSORS}, strict=False)
+        settings = state["modules"][name]
+        if settings != module.settings():
+            module.reallocate(settings["max_rank"], settings["pool_size"])
+        module.load_state_dict({key: tensors[f"{name}.{key}"] for key in _keys(settings)}, strict=False)
     for index, policy in enumerate(adapters.policies):
         policy.load_state_dict(_state_of_policy(index, state, tensors))
 
@@ -96,8 +95,10 @@ def _state_of_policy(index: int, state: Mapping[str, Any], tensors: Mapping[str,
     return own | state["policies"][index]
 
 
-def _settings(module: Any) -> dict[str, Any]:
-    return {key: getattr(module, key) for key in ("in_features", "out_features", "max_rank", "scaling", "dropout")}
+def _keys(settings: Mapping[str, Any]) -> list[str]:
+    """The names of an adapter's tensors within its state dict."""
+    pools = [f"{name}." if name else "" for name in settings["features"]]
+    return ["table.components", "table.ranks", *(f"{pool}lora_{side}" for pool in pools for side in "AB")]
 
 
 def _describe(adapters: Adapters) -> list[dict[str, Any]]:
@@ -123,11 +124,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _check(adapters: Adapters, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """The checkpoint is of these adapters and these methods, and agrees with itself."""
-    modules = {name: _settings(module) for name, module in adapters.modules.items()}
+    modules = {name: module.settings() for name, module in adapters.modules.items()}
     for name in sorted(state["modules"].keys() ^ modules.keys()):
         raise ValueError(f"the checkpoint {'has' if name in state['modules'] else 'lacks'} the adapter {name}; {_SAME}")
     for name, settings in state["modules"].items():
-        here = modules[name] | {"max_rank": settings["max_rank"]}
+        here = modules[name] | {key: settings[key] for key in ("max_rank", "pool_size")}
         if settings != here:
             raise ValueError(f"{name} is {settings} in the checkpoint and {here} in this model; {_SAME}")
         _check_tensors(name, settings, tensors)
@@ -135,21 +136,36 @@ def _check(adapters: Adapters, state: Mapping[str, Any], tensors: Mapping[str, T
     if state["methods"] != methods:
         raise ValueError(f"the checkpoint's methods are {state['methods']}, and here they are {methods}; {_SAME}")
     for index, (method, names) in enumerate(adapters.methods):
-        trial = method.policy({name: RankTable.uniform(1, 0, method.max_rank) for name in names})
+        trial = method.policy(
+            {name: _as_made(adapters.tables[name], method) for name in names if name in adapters.tables}
+        )
         trial.load_state_dict(_state_of_policy(index, state, tensors))
+
+
+def _as_made(table: RankTable, method: Method) -> RankTable:
+    """A table as an adapter of this method starts with: its own may be compacted."""
+    experts, pool_rank = table.num_experts, getattr(method, "pool_rank", method.max_rank)
+    pool_rank = method.max_rank if experts == 1 else pool_rank
+    return RankTable(experts, method.max_rank, experts * pool_rank, num_projections=table.num_projections)
 
 
 def _check_tensors(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """The tensors have the shapes, and the table the range, that the settings say."""
-    rows = settings["max_rank"]
-    shapes = {"lora_A": [rows, settings["in_features"]], "lora_B": [rows, settings["out_features"]]}
-    shapes |= {"table.components": [1, rows], "table.ranks": [1]}
+    experts, most, size = settings["num_experts"], settings["max_rank"], settings["pool_size"]
+    shapes = {"table.components": [experts, most], "table.ranks": [experts]}
+    for pool, (in_features, out_features) in settings["features"].items():
+        prefix = f"{pool}." if pool else ""
+        shapes |= {f"{prefix}lora_A": [size, in_features], f"{prefix}lora_B": [size, out_features]}
     for key, shape in shapes.items():
         found = list(tensors[f"{name}.{key}"].shape)
         if found != shape:
             raise ValueError(f"{name}.{key} has shape {found}, its settings say {shape}; the checkpoint is damaged")
-    rank, components = int(tensors[f"{name}.table.ranks"]), tensors[f"{name}.table.components"].tolist()
-    if not 0 <= rank <= rows or components != [list(range(rows))]:
+    ranks, components = (tensors[f"{name}.table.{key}"].tolist() for key in ("ranks", "components"))
+    live = [row for own, rank in zip(components, ranks, strict=True) for row in own[: max(rank, 0)]]
+    in_order = size < experts * most or components == [list(range(e * most, (e + 1) * most)) for e in range(experts)]
+    if not all(0 <= r <= most for r in ranks) or not set(live) <= set(range(size)) or len(set(live)) < len(live):
+        in_order = False
+    if not in_order:
         raise ValueError(f"{name} has a rank table that contradicts its tensors; the checkpoint is damaged")
 
 

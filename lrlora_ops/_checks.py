@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lrlora_ops.rank_table import RankTable
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -21,32 +23,109 @@ def check_lora_linear(
     """Raises ValueError for arguments that ``lora_linear`` cannot serve."""
     _check_pool(x, lora_A, lora_B)
     _check_rank(rank, lora_A.shape[0])
-    if gate is not None:
-        _check_shape("gate", gate, (lora_A.shape[0],))
-        if gate.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"gate is {gate.dtype}; it must be torch.float32 or torch.float64: use gate.float()")
-    if weight is not None and base is not None:
-        raise ValueError("both weight and base are given; give weight to compute the base product here, or base")
-    if bias is not None and weight is None:
-        raise ValueError("bias is given without weight; add it to base instead")
+    _check_gate(gate, lora_A.shape[0])
+    _check_one_base(weight, bias, base)
     check_base(x, lora_B.shape[1], weight, bias, base)
     on_device = rank if isinstance(rank, Tensor) else None
     check_devices(x, lora_A=lora_A, lora_B=lora_B, gate=gate, rank=on_device, weight=weight, bias=bias, base=base)
 
 
+def check_grouped(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    group_offsets: Tensor,
+    table: RankTable,
+    gate: Tensor | None,
+    ranks: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    transposed: bool,
+) -> None:
+    """Raises ValueError for arguments that ``grouped_lora_linear`` cannot serve."""
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [rows sorted by expert, in_features]")
+    _check_offsets(group_offsets, table.num_experts, x.shape[0])
+    check_expert_adapter(x, lora_A, lora_B, table, gate, ranks, weight, bias, transposed)
+    _check_one_base(weight, bias, base)
+    check_base(x, lora_B.shape[1], None, None, base)
+    check_devices(x, group_offsets=group_offsets, base=base)
+
+
+def check_expert_adapter(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    table: RankTable,
+    gate: Tensor | None,
+    ranks: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    transposed: bool,
+) -> None:
+    """One projection of all experts: its pool, its table, and weight [E, N, K] or [E, K, N], bias [E, N]."""
+    _check_pool(x, lora_A, lora_B)
+    if lora_A.shape[0] != table.pool_size:
+        raise ValueError(
+            f"lora_A has {lora_A.shape[0]} rows, but the table hands out {table.pool_size}; make them equal"
+        )
+    _check_gate(gate, table.pool_size)
+    if ranks.dtype != torch.int32 or tuple(ranks.shape) != (table.num_experts,):
+        shape = tuple(ranks.shape)
+        raise ValueError(f"ranks is {ranks.dtype} of shape {shape}; it must be int32 [{table.num_experts}]")
+    features = (lora_A.shape[1], lora_B.shape[1]) if transposed else (lora_B.shape[1], lora_A.shape[1])
+    for name, tensor, shape in (("weight", weight, features), ("bias", bias, (lora_B.shape[1],))):
+        if tensor is not None:
+            _check_frozen(name, tensor, (table.num_experts, *shape), x)
+    check_devices(x, lora_A=lora_A, lora_B=lora_B, table=table.ranks, ranks=ranks, gate=gate, weight=weight, bias=bias)
+
+
+def _check_offsets(group_offsets: Tensor, num_experts: int, num_rows: int) -> None:
+    if group_offsets.dtype != torch.int32 or tuple(group_offsets.shape) != (num_experts + 1,):
+        raise ValueError(
+            f"group_offsets is {group_offsets.dtype} of shape {tuple(group_offsets.shape)}; it must be int32 "
+            f"[{num_experts + 1}], with a leading 0: see Routing.from_topk"
+        )
+    if not group_offsets.is_cpu or type(group_offsets) is not Tensor or torch.compiler.is_compiling():
+        return  # reading it would wait for the device, or break the graph
+    offsets = group_offsets.tolist()
+    if offsets[0] != 0 or offsets != sorted(offsets) or offsets[-1] > num_rows:
+        raise ValueError(
+            f"group_offsets is {offsets}; it must start with 0, never decrease, and end within the {num_rows} rows of x"
+        )
+
+
+def _check_gate(gate: Tensor | None, pool_size: int) -> None:
+    if gate is not None:
+        _check_shape("gate", gate, (pool_size,))
+        if gate.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"gate is {gate.dtype}; it must be torch.float32 or torch.float64: use gate.float()")
+
+
+def _check_one_base(weight: Tensor | None, bias: Tensor | None, base: Tensor | None) -> None:
+    if weight is not None and base is not None:
+        raise ValueError("both weight and base are given; give weight to compute the base product here, or base")
+    if bias is not None and weight is None:
+        raise ValueError("bias is given without weight; add it to base instead")
+
+
+def _check_frozen(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    _check_shape(name, tensor, shape)
+    if tensor.dtype != x.dtype:
+        raise ValueError(f"{name} is {tensor.dtype} but x is {x.dtype}; cast one, or run under torch.autocast")
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name} requires a gradient, which this op does not compute; freeze it with "
+            f"{name}.requires_grad_(False), or compute the base product yourself and pass it as base"
+        )
+
+
 def check_base(x: Tensor, out_features: int, weight: Tensor | None, bias: Tensor | None, base: Tensor | None) -> None:
     """The frozen part: weight [N, K], bias [N], or base [..., N]."""
     for name, tensor, shape in (("weight", weight, (out_features, x.shape[-1])), ("bias", bias, (out_features,))):
-        if tensor is None:
-            continue
-        _check_shape(name, tensor, shape)
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} but x is {x.dtype}; cast one, or run under torch.autocast")
-        if tensor.requires_grad:
-            raise ValueError(
-                f"{name} requires a gradient, which this op does not compute; freeze it with "
-                f"{name}.requires_grad_(False), or compute the base product yourself and pass it as base"
-            )
+        if tensor is not None:
+            _check_frozen(name, tensor, shape, x)
     if base is not None:
         _check_shape("base", base, (*x.shape[:-1], out_features))
         if base.dtype not in _DTYPES:

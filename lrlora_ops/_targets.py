@@ -8,9 +8,11 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lrlora_ops.methods import Method
-from lrlora_ops.modules import VariableRankLoRALinear
+from lrlora_ops.modules import VariableRankLoRAExperts
+from lrlora_ops.modules._adapter import RankAdapter
+from lrlora_ops.modules._interface import CHILD, is_experts
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, EXPERTS = "all-linear", "experts"
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -22,19 +24,20 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] | None) -> dict[
     """The modules to adapt, by name.
 
     Args:
-        model: Its ``nn.Linear`` layers are candidates; for an exact pattern any layer with ``in_features`` is.
+        model: Its ``nn.Linear`` layers and experts modules are candidates; for an exact pattern any layer with
+            ``in_features`` is.
         targets: "all-linear" (every ``nn.Linear`` but the output embeddings and what PyTorch reads past an
-            adapter), one pattern, or several; None for the adapters that the model already has.
+            adapter), "experts", one pattern, or several; None for the adapters that the model already has.
 
     Raises:
         ValueError: Nothing matches, or the model has adapters already; the message lists what could be named.
     """
-    if isinstance(model, (nn.Linear, VariableRankLoRALinear)):
+    if isinstance(model, (nn.Linear, RankAdapter)) or is_experts(model):
         raise ValueError(f"the model is itself a {type(model).__name__}; give a module that holds it")
-    adapters = {name: m for name, m in model.named_modules() if isinstance(m, VariableRankLoRALinear)}
+    adapters = find_adapters(model)
     if targets is None:
         if not adapters:
-            raise ValueError("the model has no VariableRankLoRALinear to adopt; name layers, e.g. targets='all-linear'")
+            raise ValueError("the model has no adapters to adopt; name layers, e.g. targets='all-linear'")
         return dict(adapters)
     if adapters:
         raise ValueError(
@@ -51,8 +54,22 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] | None) -> dict[
     return dict(found.values())
 
 
+def find_adapters(model: nn.Module) -> dict[str, RankAdapter]:
+    """The adapters in a model, by the name of the layer or of the experts module that they adapt."""
+    named = ((name, m) for name, m in model.named_modules() if isinstance(m, RankAdapter))
+    return {name.removesuffix(f".{CHILD}") if isinstance(m, VariableRankLoRAExperts) else name: m for name, m in named}
+
+
+def unadapted_experts(model: nn.Module) -> list[str]:
+    """Names of the experts modules without an adapter."""
+    return [name for name, m in model.named_modules() if is_experts(m) and not hasattr(m, CHILD)]
+
+
 def _find(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    experts = {name: m for name, m in modules.items() if is_experts(m)}
+    if pattern == EXPERTS:
+        return _require_experts(modules, experts)
     linear = {name: m for name, m in modules.items() if hasattr(m, "in_features") and hasattr(m, "out_features")}
     bypassed = [m.out_proj for m in modules.values() if isinstance(m, nn.MultiheadAttention)]
     hits: dict[str, nn.Module]
@@ -60,7 +77,7 @@ def _find(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
         left_out = {id(m) for m in [*_output_embeddings(model), *bypassed]}
         hits = {name: m for name, m in linear.items() if isinstance(m, nn.Linear) and id(m) not in left_out}
     else:
-        hits = {name: m for name, m in linear.items() if matches(name, pattern)}
+        hits = {name: m for name, m in (linear | experts).items() if matches(name, pattern)}
     for name, module in hits.items():
         if any(module is other for other in bypassed):
             raise ValueError(
@@ -76,7 +93,20 @@ def _find(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     return hits
 
 
-def choose_methods(names: Sequence[str], method: Method | Mapping[str, Method]) -> list[tuple[Method, list[str]]]:
+def _require_experts(modules: dict[str, nn.Module], experts: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    if not experts:
+        others = {f"{name} ({type(m).__name__})": m for name, m in modules.items() if name.endswith("experts")}
+        raise ValueError(
+            "target 'experts' matches nothing: no module of the model is on transformers' experts interface "
+            f"(use_experts_implementation); modules that are named experts: {_examples(others)}. Use a model that is "
+            "on it, or name linear layers, e.g. targets='all-linear'"
+        )
+    return experts
+
+
+def choose_methods(
+    found: Mapping[str, nn.Module], method: Method | Mapping[str, Method]
+) -> list[tuple[Method, list[str]]]:
     """Each method with the names that it serves; the first pattern that matches a name wins.
 
     Raises:
@@ -89,10 +119,11 @@ def choose_methods(names: Sequence[str], method: Method | Mapping[str, Method]) 
                 "patterns and settings"
             )
     if not isinstance(method, Mapping):
-        return [(method, list(names))]
+        return [(method, list(found))]
     served: dict[str, list[str]] = {pattern: [] for pattern in method}
-    for name in names:
-        pattern = next((p for p in method if p == ALL_LINEAR or matches(name, p)), None)
+    for name, module in found.items():
+        keyword = EXPERTS if is_experts(module) or isinstance(module, VariableRankLoRAExperts) else ALL_LINEAR
+        pattern = next((p for p in method if p == keyword or matches(name, p)), None)
         if pattern is None:
             raise ValueError(f"{name} is a target, but no method's pattern matches it: {list(method)}; add one")
         served[pattern].append(name)
@@ -100,14 +131,6 @@ def choose_methods(names: Sequence[str], method: Method | Mapping[str, Method]) 
         if not chosen:
             raise ValueError(f"the method for {pattern!r} matches no target; remove it, or widen targets")
     return [(method[pattern], chosen) for pattern, chosen in served.items()]
-
-
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever the model holds ``old``, also where a layer is shared."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old and parent is not new:
-                setattr(parent, name, new)
 
 
 def call_every_layer(model: nn.Module) -> None:

@@ -14,9 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lrlora_ops import _checkpoint
-from lrlora_ops._targets import call_every_layer, choose_methods, find_targets, replace_module
+from lrlora_ops._targets import (
+    call_every_layer,
+    choose_methods,
+    find_adapters,
+    find_targets,
+    unadapted_experts,
+)
 from lrlora_ops.methods import Method, Policy
-from lrlora_ops.modules import VariableRankLoRALinear
+from lrlora_ops.modules import VariableRankLoRAExperts, VariableRankLoRALinear
+from lrlora_ops.modules._adapter import ComponentPool, RankAdapter, replace_module, set_ranks, unique_tables
+from lrlora_ops.modules._interface import is_experts
 
 
 def apply_lora(
@@ -33,12 +41,13 @@ def apply_lora(
     Args:
         model: Any ``nn.Module``. With ``targets`` all its parameters are frozen but the adapters'.
         method: ``FixedRank``, ``LearnedRank``, ...; or patterns and the method of each, first match wins.
-        targets: "all-linear" (every ``nn.Linear`` but the output embeddings), a name or glob such as ``q_proj``
-            or ``model.layers.*.mlp.*`` (matched against the whole name or its end from a dot on), or several.
-            None adopts the ``VariableRankLoRALinear`` modules that the model already has, sets their rank to the
-            method's, and freezes nothing; if it has none and ``method`` is a mapping, its patterns are the targets.
+        targets: "all-linear" (every ``nn.Linear`` but the output embeddings), "experts" (every experts module of
+            transformers' Mixture-of-Experts layers), a name or glob such as ``q_proj`` or ``model.layers.*.mlp.*``
+            (matched against the whole name or its end from a dot on), or several. None adopts the adapters that the
+            model already has, sets their rank to the method's, and freezes nothing; if it has none and ``method`` is
+            a mapping, its patterns are the targets: ``{"experts": DynamicRank(), "all-linear": LearnedRank()}``.
         lora_alpha: Of new adapters; default ``2 * max_rank``.
-        dropout: Of new adapters.
+        dropout: Of new adapters of linear layers; experts have none.
         dtype: Of the new adapters' parameters; default fp32.
 
     Returns:
@@ -47,10 +56,10 @@ def apply_lora(
     Raises:
         ValueError: A target matches nothing, or a setting does not fit; the model is unchanged then.
     """
-    if targets is None and isinstance(method, Mapping) and not _has_adapters(model):
+    if targets is None and isinstance(method, Mapping) and not find_adapters(model):
         targets = list(method)
     found = find_targets(model, targets)
-    served = choose_methods(list(found), method)
+    served = choose_methods(found, method)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         modules = {
@@ -59,7 +68,7 @@ def apply_lora(
             for name in names
         }
         for chosen, names in served:  # on copies: it may raise, and it may set ranks
-            chosen.policy({name: copy.deepcopy(modules[name].table) for name in names})
+            chosen.policy(copy.deepcopy(unique_tables({name: modules[name] for name in names})))
     except Exception:
         for parameter in trainable:
             parameter.requires_grad_()
@@ -67,32 +76,33 @@ def apply_lora(
     if targets is not None:
         model.requires_grad_(False)
         for name, module in modules.items():
-            replace_module(model, found[name], module)
+            module.install(model, found[name])
     for chosen, names in served:
-        for name in names:
-            modules[name].set_rank(chosen.initial_rank)
+        own = [modules[name] for name in names]
+        for table in unique_tables(dict(zip(names, own, strict=True))).values():
+            set_ranks(own, table, [chosen.initial_rank] * table.num_experts)
     call_every_layer(model)
     return Adapters(model, modules, served)
 
 
-def _adapter(name: str, layer: nn.Module, method: Method, **options: Any) -> VariableRankLoRALinear:
-    """The layer itself if it is an adapter, or a new one around it."""
-    if not isinstance(layer, VariableRankLoRALinear):
-        try:
-            options |= {"max_rank": method.max_rank, "rank": method.initial_rank}
+def _adapter(name: str, layer: nn.Module, method: Method, **options: Any) -> RankAdapter:
+    """The layer itself if it is an adapter, or a new one for it."""
+    if isinstance(layer, RankAdapter):
+        if layer.max_rank < method.initial_rank:
+            raise ValueError(
+                f"{name} has max_rank {layer.max_rank}, but the method needs {method.initial_rank}; make the layer "
+                "larger with resize, or lower the method's rank"
+            )
+        return layer
+    options |= {"max_rank": method.max_rank, "rank": method.initial_rank}
+    try:
+        if not is_experts(layer):
             return VariableRankLoRALinear.from_linear(layer, **options)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    if layer.max_rank < method.initial_rank:
-        raise ValueError(
-            f"{name} has max_rank {layer.max_rank}, but the method needs {method.initial_rank}; make the layer larger "
-            "with resize, or lower the method's rank"
-        )
-    return layer
-
-
-def _has_adapters(model: nn.Module) -> bool:
-    return any(isinstance(module, VariableRankLoRALinear) for module in model.modules())
+        if options.pop("dropout"):
+            raise ValueError("experts have no dropout; leave it 0, or leave the experts out of targets")
+        return VariableRankLoRAExperts.for_experts(layer, pool_rank=getattr(method, "pool_rank", None), **options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 class Adapters:
@@ -106,20 +116,26 @@ class Adapters:
     def __init__(
         self,
         model: nn.Module,
-        modules: Mapping[str, VariableRankLoRALinear],
+        modules: Mapping[str, RankAdapter],
         methods: Sequence[tuple[Method, Sequence[str]]],
     ) -> None:
         self.model, self.modules = model, dict(modules)
+        self.tables = unique_tables(self.modules)
         self.methods = [(method, list(names)) for method, names in methods]
         self.policies: list[Policy] = [
-            method.policy({name: self.modules[name].table for name in names}) for method, names in self.methods
+            method.policy(unique_tables({name: self.modules[name] for name in names})) for method, names in self.methods
         ]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of the adapters alone."""
+        for name, pool in self._named_pools():
+            yield f"{name}.lora_A", pool.lora_A
+            yield f"{name}.lora_B", pool.lora_B
+
+    def _named_pools(self) -> Iterator[tuple[str, ComponentPool]]:
         for name, module in self.modules.items():
-            yield f"{name}.lora_A", module.lora_A
-            yield f"{name}.lora_B", module.lora_B
+            for projection, pool in module.pools().items():
+                yield f"{name}.{projection}" if projection else name, pool
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer trains. Give it no weight decay while ranks are learned."""
@@ -128,7 +144,7 @@ class Adapters:
     def step(self, loss: Tensor | None = None) -> None:
         """Let the methods set the ranks; once per optimizer step, after backward and clipping, before the optimizer.
 
-        Averages the sensitivities and the loss over the default process group, and clears the sensitivities.
+        Averages the statistics and the loss over the default process group, and clears the statistics.
 
         Args:
             loss: The loss of the step, a scalar; only ``LearnedRank(penalty=...)`` reads it.
@@ -138,35 +154,53 @@ class Adapters:
             loss = None if loss is None else _process_mean(loss.detach())
         for policy in self.policies:
             policy.step(loss)
-        for module in self.modules.values():
-            module.table.clear_statistics()
+        for table in self.tables.values():
+            table.clear_statistics()
 
     def _reduce_statistics(self) -> None:
-        tables = [module.table for module in self.modules.values()]
-        reduced = _process_mean(torch.cat([table.sensitivity.detach() for table in tables]))
-        for table, sensitivity in zip(tables, reduced.split([t.pool_size for t in tables]), strict=True):
-            if table.gate.grad is None:
-                table.gate.grad = torch.empty_like(table.gate)
-            table.gate.grad.copy_(sensitivity)
+        leaves = [leaf for table in self.tables.values() for leaf in (table.gate, table.demand)]
+        for leaf in leaves:
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+        reduced = _process_mean(torch.cat([leaf.grad.flatten() for leaf in leaves]))
+        for leaf, mean in zip(leaves, reduced.split([leaf.numel() for leaf in leaves]), strict=True):
+            leaf.grad.copy_(mean.view_as(leaf))
 
     def ranks(self) -> dict[str, Tensor]:
-        """int32 ``[]`` per adapter: its rank. While ranks are learned, what rounding them now would give."""
-        return {name: module.rank.detach().clone() for name, module in self.modules.items()}
+        """int32 per adapter: its rank, ``[]``, or those of its experts, ``[E]``.
+
+        While ranks are learned, what rounding them now would give.
+        """
+        return {
+            name: (module.rank if isinstance(module, VariableRankLoRALinear) else module.table.ranks).detach().clone()
+            for name, module in self.modules.items()
+        }
 
     def summary(self) -> str:
-        """Print, and return, a line per adapter and the totals: rank, live parameters, memory held."""
-        lines = [f"{'adapter':<48} {'in':>7} {'out':>7} {'rank':>5} {'max':>4} {'parameters':>12} {'KiB held':>9}"]
-        ranks = parameters = kib = 0.0
+        """Print, and return, a line per projection and the totals: ranks, live parameters, memory held.
+
+        The rank of experts is the sum of their ranks.
+        """
+        columns = "{:<48} {:>7} {:>7} {:>7} {:>5} {:>4} {:>12} {:>9}"
+        lines = [columns.format("adapter", "experts", "in", "out", "rank", "max", "parameters", "KiB held")]
+        totals = [0, 0, 0.0]
         for name, module in self.modules.items():
-            rank, width = int(module.rank), module.in_features + module.out_features
-            held = module.max_rank * width * module.lora_A.element_size() / 1024
-            ranks, parameters, kib = ranks + rank, parameters + rank * width, kib + held
-            lines.append(
-                f"{name:<48} {module.in_features:>7} {module.out_features:>7} {rank:>5} {module.max_rank:>4} "
-                f"{rank * width:>12,} {held:>9,.1f}"
-            )
-        total = f"total of {len(self.modules)}"
-        lines.append(f"{total:<48} {'':>15} {ranks:>5.0f} {'':>4} {parameters:>12,.0f} {kib:>9,.1f}")
+            rank, experts = int(module.table.ranks.sum()), module.table.num_experts
+            for projection, pool in module.pools().items():
+                width = pool.in_features + pool.out_features
+                held = module.table.pool_size * width * pool.lora_A.element_size() / 1024
+                totals = [total + new for total, new in zip(totals, (rank, rank * width, held), strict=True)]
+                sizes = (experts, pool.in_features, pool.out_features, rank, module.max_rank)
+                lines.append(
+                    columns.format(
+                        f"{name}.{projection}" if projection else name, *sizes, f"{rank * width:,}", f"{held:,.1f}"
+                    )
+                )
+        rank, parameters, held = totals
+        lines.append(
+            columns.format(f"total of {len(lines) - 1}", "", "", "", rank, "", f"{parameters:,}", f"{held:,.1f}")
+        )
+        lines += [f"not adapted: {name}, name it or 'experts' in targets" for name in unadapted_experts(self.model)]
         text = "\n".join(lines)
         print(text)
         return text
@@ -207,14 +241,13 @@ class Adapters:
         for policy, (method, _) in zip(self.policies, self.methods, strict=True):
             if not policy.frozen:
                 raise RuntimeError(f"{type(method).__name__} still changes ranks; compact after its freeze")
-        for module in self.modules.values():
-            rank, held = int(module.rank), module.max_rank
-            module.resize(rank)
-            for parameter in (module.lora_A, module.lora_B):
-                state = {} if optimizer is None else optimizer.state.get(parameter, {})
-                for key, value in state.items():
-                    if isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == held:
-                        state[key] = value[:rank].clone()
+        for table in self.tables.values():
+            held, rows = table.pool_size, table.compact()
+            for module in self.modules.values():
+                for pool in module.pools().values() if module.table is table else ():
+                    pool.hold(rows, len(rows))
+                    if optimizer is not None:
+                        _keep_rows(optimizer, [pool.lora_A, pool.lora_B], rows, held)
 
     def merge(self) -> nn.Module:
         """Put the updates into the base weights, each checked against its adapter's forward.
@@ -230,19 +263,20 @@ class Adapters:
         merged: dict[str, nn.Module] = {}
         for name, module in self.modules.items():
             try:
-                merged[name] = module.merge()
+                merged[name] = module.merge_into(self.model.get_submodule(name))
             except (ValueError, RuntimeError) as error:
                 raise type(error)(f"{name}: {error}") from error
         uses = Counter(id(p) for owner in self.model.modules() for p in owner._parameters.values() if p is not None)
         for name, module in self.modules.items():
-            if uses[id(module.weight)] > 1:
+            weight = getattr(module, "weight", None)
+            if weight is not None and uses[id(weight)] > 1:
                 warnings.warn(
                     f"{name} shared its weight with a layer that keeps the old one; tell the model's config before "
                     "saving it (tie_word_embeddings=False), or loading ties them again",
                     stacklevel=2,
                 )
-            replace_module(self.model, module, merged[name])
-        self.modules = {}
+            replace_module(self.model, self.model.get_submodule(name), merged[name])
+        self.modules, self.tables = {}, {}
         return self.model
 
     def callback(self) -> Any:
@@ -254,6 +288,15 @@ class Adapters:
         from lrlora_ops.integrations.transformers import AdaptersCallback
 
         return AdaptersCallback(self)
+
+
+def _keep_rows(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rows: Tensor, held: int) -> None:
+    """Of the optimizer's state of these parameters, the rows that they keep of the ``held`` ones."""
+    for parameter in parameters:
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == held:
+                state[key] = value[rows]
 
 
 def _process_mean(x: Tensor) -> Tensor:

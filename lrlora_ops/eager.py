@@ -13,6 +13,7 @@ half precision is widened to fp32 on the way where the CPU has no instructions f
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from torch import Tensor
 _SEGMENT = 16
 # A block takes 2 MB in fp32, about a core's share of the caches, and has rows enough for BLAS to be quick.
 _BLOCK_ELEMENTS, _BLOCK_ROWS = 2**19, 128
+# Of a weight that is widened at a time: 16 MB in fp32, to be used by many rows; for fewer it does not pay.
+_WEIGHT_ELEMENTS, _WIDENED_ROWS = 2**22, 32
 # torch.cpu.get_capabilities is younger than the oldest torch that is supported.
 _CPU: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
 _MULTIPLIES_BF16 = any(_CPU.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
@@ -50,6 +53,11 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     """What x is multiplied in: its own dtype if the CPU can, else fp32."""
     own = x.dtype in (torch.float32, torch.float64) or (x.dtype == torch.bfloat16 and _MULTIPLIES_BF16)
     return x.dtype if own else torch.float32
+
+
+def widens(x: Tensor) -> bool:
+    """Whether x is multiplied in another dtype than its own."""
+    return _compute_dtype(x) != x.dtype
 
 
 def _row_blocks(
@@ -150,8 +158,13 @@ def expand(
     group_offsets: Tensor | None = None,
     base: Tensor | None = None,
 ) -> Tensor:
-    """``base`` (or zero) plus the expansion, as a new tensor ``[L, N]`` in base's dtype (or u's)."""
+    """``base`` (or zero) plus the expansion, as a new tensor ``[L, N]`` in base's dtype (or u's).
+
+    Rows of no expert are zero.
+    """
     out = u.new_zeros(u.shape[0], b.shape[1]) if base is None else base.clone(memory_format=torch.contiguous_format)
+    if group_offsets is not None:
+        out[int(group_offsets[-1]) :] = 0
     expand_(out, u, b, ranks, scaling, gate, components, group_offsets)
     return out
 
@@ -204,10 +217,11 @@ def shrink_gram(
     gate: Tensor | None = None,
     components: Tensor | None = None,
     group_offsets: Tensor | None = None,
+    row_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``v = shrink(dy, b)``, ``d_b = gram(u, dy)`` and ``c[comp(e, j)] = scaling * sum_i u[i, j] v[i, j]``.
 
-    c is ``[R]`` in fp32 (fp64 for fp64 inputs).
+    ``row_index`` gathers rows of dy. c is ``[R]`` in fp32 (fp64 for fp64 inputs).
     """
     v, d_b = dy.new_zeros(u.shape), b.new_zeros(b.shape)
     c = torch.zeros(b.shape[0], dtype=_sum_dtype(dy), device=dy.device)
@@ -215,7 +229,7 @@ def shrink_gram(
     for expert, rows, rank in _experts(ranks, u.shape[1], group_offsets, u.shape[0]):
         segments = _segment_rows(b, components, expert, rank, u.shape[1], compute, None)
         total = torch.zeros(rank, dy.shape[1], dtype=compute, device=dy.device)
-        for block, dy_rows in _row_blocks(dy, rows, compute, compute != torch.bfloat16):
+        for block, dy_rows in _row_blocks(dy, rows, compute, compute != torch.bfloat16, row_index):
             for slots, rows_of_b in segments:
                 v[block, slots] = dy_rows @ rows_of_b.t()
             total.addmm_(u[block, :rank].to(compute).t(), dy_rows)
@@ -226,12 +240,77 @@ def shrink_gram(
 
 
 @shrink_gram.register_fake
-def _(dy, b, u, ranks, scaling, gate=None, components=None, group_offsets=None):
+def _(dy, b, u, ranks, scaling, gate=None, components=None, group_offsets=None, row_index=None):
     return dy.new_empty(u.shape), b.new_empty(b.shape), dy.new_empty(b.shape[0], dtype=_sum_dtype(dy))
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("lrlora_eager::grouped_gemm", mutates_args=())
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+    group_offsets: Tensor | None = None,
+    row_index: Tensor | None = None,
+) -> Tensor:
+    """``y[i] = W[e_i] x[row_index[i]] + bias[e_i]``, ``[L, N]`` in x's dtype; rows of no expert are zero.
+
+    ``weight`` is ``[E, N, K]``, or ``[E, K, N]`` if ``transposed``.
+    """
+    num_rows = x.shape[0] if row_index is None else row_index.shape[0]
+    matrices = weight if transposed else weight.transpose(1, 2)
+    offsets = [0, num_rows] if group_offsets is None else group_offsets.tolist()
+    y = x.new_empty(num_rows, matrices.shape[2])
+    y[offsets[-1] :] = 0
+    for expert, (first, last) in enumerate(pairwise(offsets)):
+        if last > first:
+            rows = slice(first, last)
+            _gemm(y[rows], x, rows, matrices[expert], None if bias is None else bias[expert], row_index)
+    return y
+
+
+def _gemm(y: Tensor, x: Tensor, rows: slice, matrix: Tensor, bias: Tensor | None, row_index: Tensor | None) -> None:
+    """``y = x[rows] @ matrix + bias`` for ``matrix`` ``[K, N]``, widened by blocks of columns where that is faster."""
+    compute = _compute_dtype(x)
+    if compute == x.dtype or len(y) < _WIDENED_ROWS:
+        x_rows = x[rows] if row_index is None else x[row_index[rows]]
+        torch.mm(x_rows, matrix, out=y) if bias is None else torch.addmm(bias, x_rows, matrix, out=y)
+        return
+    columns = max(_WEIGHT_ELEMENTS // max(matrix.shape[0], 1), 1)
+    for low in range(0, matrix.shape[1], columns):
+        part = slice(low, low + columns)
+        wide, wide_bias = matrix[:, part].to(compute), None if bias is None else bias[part].to(compute)
+        for block, x_rows in _row_blocks(x, rows, compute, False, row_index):
+            out = y[block.start - rows.start : block.stop - rows.start, part]
+            out.copy_(x_rows @ wide if wide_bias is None else torch.addmm(wide_bias, x_rows, wide))
+
+
+@grouped_gemm.register_fake
+def _(x, weight, bias=None, transposed=False, group_offsets=None, row_index=None):
+    num_rows = x.shape[0] if row_index is None else row_index.shape[0]
+    return x.new_empty(num_rows, weight.shape[2 if transposed else 1])
+
+
+@torch.library.custom_op("lrlora_eager::combine", mutates_args=())
+def combine(rows: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``out[t] = sum_k weights[t, k] rows[positions[t, k]]``, ``[T, N]`` in rows' dtype, summed in fp32 or wider."""
+    out = torch.zeros(positions.shape[0], rows.shape[1], dtype=_sum_dtype(rows), device=rows.device)
+    for k, position in enumerate(positions.unbind(1)):
+        chosen = rows[position].to(out.dtype)
+        if weights is None:
+            out.add_(chosen)
+        else:
+            out.addcmul_(chosen, weights[:, k, None].to(out.dtype))
+    return out.to(rows.dtype)
+
+
+@combine.register_fake
+def _(rows, positions, weights=None):
+    return rows.new_empty(positions.shape[0], rows.shape[1])
 
 
 def _keep(x: Tensor, seed: Tensor, p: float) -> Tensor:

@@ -24,14 +24,18 @@ class RankTable(nn.Module):
         pool_size: R, the rows of ``lora_A`` and ``lora_B`` shared by all experts. If it is
             ``num_experts * max_rank``, every expert has its ``max_rank`` rows reserved for good.
         device: Where the tensors live.
+        num_projections: P, the linear layers of an expert whose components are tied to one rank: 1, or 2 for an
+            expert's gate_up_proj and down_proj.
 
     Attributes:
         components: int32 ``[E, max_rank]``; entries beyond the rank are unspecified.
         ranks: int32 ``[E]``, the rank of each expert: evaluation, merge and export follow it.
         train_ranks: int32 ``[E]``, the components that run in training mode: ``ranks``, unless a method
             samples them. Neither a parameter nor a buffer, like ``gate``.
-        gate: fp32 ``[R]``, the factor of each component in training mode: one, or zero for a component that
-            only reports its sensitivity. Its gradient *is* the sensitivity ``c = dL/dm``.
+        gate: fp32 ``[P * R]``, projection by projection, the factor of each component in training mode: one, or
+            zero for a component that only reports its sensitivity. Its gradient *is* the sensitivity ``c = dL/dm``.
+        demand: fp32 ``[2, E]`` of zeros, whose gradient is what was routed to each expert: the number of rows, and
+            the sum of their routing weights. Like ``gate``, a leaf in which autograd accumulates.
 
     Raises:
         ValueError: A size is negative or the pool is larger than it can ever be used.
@@ -41,11 +45,17 @@ class RankTable(nn.Module):
     ranks: Tensor
 
     def __init__(
-        self, num_experts: int, max_rank: int, pool_size: int, device: torch.device | str | None = None
+        self,
+        num_experts: int,
+        max_rank: int,
+        pool_size: int,
+        device: torch.device | str | None = None,
+        num_projections: int = 1,
     ) -> None:
         super().__init__()
         for name, value, least in (
             ("num_experts", num_experts, 1),
+            ("num_projections", num_projections, 1),
             ("max_rank", max_rank, 0),
             ("pool_size", pool_size, 0),
         ):
@@ -57,6 +67,7 @@ class RankTable(nn.Module):
                 f"{num_experts * max_rank} rows; lower pool_size or raise max_rank"
             )
         self.num_experts, self.max_rank, self.pool_size = num_experts, max_rank, pool_size
+        self.num_projections = num_projections
         self.reserved = pool_size == num_experts * max_rank
         components = torch.zeros(num_experts, max_rank, dtype=torch.int32, device=device)
         if self.reserved:
@@ -64,7 +75,8 @@ class RankTable(nn.Module):
         self.register_buffer("components", components)
         self.register_buffer("ranks", torch.zeros(num_experts, dtype=torch.int32, device=device))
         self.train_ranks = torch.zeros(num_experts, dtype=torch.int32, device=device)
-        self.gate = torch.ones(pool_size, device=device).requires_grad_()
+        self.gate = torch.ones(num_projections * pool_size, device=device).requires_grad_()
+        self.demand = torch.zeros(2, num_experts, device=device).requires_grad_()
         self.register_load_state_dict_post_hook(_reset_after_load)
 
     @classmethod
@@ -75,13 +87,15 @@ class RankTable(nn.Module):
         max_rank: int | None = None,
         pool_size: int | None = None,
         device: torch.device | str | None = None,
+        num_projections: int = 1,
     ) -> RankTable:
         """A table in which every expert has ``rank`` components.
 
         ``max_rank`` defaults to ``rank``, ``pool_size`` to ``num_experts * max_rank``.
         """
         max_rank = rank if max_rank is None else max_rank
-        table = cls(num_experts, max_rank, num_experts * max_rank if pool_size is None else pool_size, device)
+        pool_size = num_experts * max_rank if pool_size is None else pool_size
+        table = cls(num_experts, max_rank, pool_size, device, num_projections)
         table.set_ranks([rank] * num_experts)
         return table
 
@@ -100,27 +114,44 @@ class RankTable(nn.Module):
                 small. The table is unchanged then.
             TypeError: A rank is not an integer.
 
-        Reads the table on the host. A method that changes ranks at every step writes ``ranks`` and
-        ``train_ranks`` of a reserved table in place instead.
+        Reads the table on the host; ``update`` does not.
         """
         wanted = [index(rank) for rank in ranks]
         self._check(wanted)
-        owned, current = self.components.tolist(), self.ranks.tolist()
-        new_rows: list[int] = []
-        if self.reserved:
-            for rows, old, new in zip(owned, current, wanted, strict=True):
-                new_rows += rows[old:new]
-        else:
-            kept = {row for rows, old, new in zip(owned, current, wanted, strict=True) for row in rows[: min(old, new)]}
-            free = iter([row for row in range(self.pool_size) if row not in kept])
-            for rows, old, new in zip(owned, current, wanted, strict=True):
-                rows[old:new] = [next(free) for _ in range(old, new)]
-                new_rows += rows[old:new]
-        device = self.components.device
-        self.components.copy_(torch.tensor(owned, dtype=torch.int32, device=device).view_as(self.components))
-        self.ranks.copy_(torch.tensor(wanted, dtype=torch.int32, device=device))
+        return self.update(torch.tensor(wanted, dtype=torch.int32, device=self.ranks.device)).nonzero().flatten()
+
+    @torch.no_grad()
+    def update(self, ranks: Tensor) -> Tensor:
+        """``set_ranks`` by operations on the device alone: nothing is checked, nothing waits.
+
+        Args:
+            ranks: integer ``[E]`` on the table's device, each within ``0..max_rank``, with a sum within the pool.
+
+        Returns:
+            bool ``[R]``: the pool rows that became live.
+        """
+        slots = torch.arange(self.max_rank, device=ranks.device)
+        wanted = slots < ranks[:, None]
+        kept = wanted & (slots < self.ranks[:, None])
+        grown = wanted & ~kept
+        if not self.reserved and self.pool_size:
+            # Free rows in order go to the new slots in order; a stable sort puts the owned ones last.
+            free = self._rows(kept).to(torch.uint8).argsort(stable=True).to(torch.int32)
+            position = (grown.flatten().cumsum(0) - 1).clamp(min=0).view_as(grown)
+            self.components.copy_(torch.where(grown, free[position], self.components))
+        self.ranks.copy_(ranks)
         self.reset_training_state()
-        return torch.tensor(new_rows, dtype=torch.int64, device=device)
+        return self._rows(grown)
+
+    def _rows(self, slots: Tensor) -> Tensor:
+        """bool ``[R]``: the pool rows in the slots, bool ``[E, max_rank]``, that are set."""
+        rows = torch.zeros(self.pool_size + 1, dtype=torch.bool, device=slots.device)
+        owned = torch.where(slots, self.components, self.pool_size).flatten().long()
+        return rows.index_fill_(0, owned, True)[:-1]
+
+    def rows_of(self, expert: int) -> Tensor:
+        """int64 ``[rank]``: the pool rows of an expert's live components. Reads its rank on the host."""
+        return self.components[expert, : int(self.ranks[expert])].long()
 
     def _check(self, ranks: list[int]) -> None:
         if len(ranks) != self.num_experts:
@@ -145,39 +176,85 @@ class RankTable(nn.Module):
         """
         if not self.reserved:
             raise ValueError("a table that shares a pool of components cannot be resized; make a new one")
-        new = RankTable(self.num_experts, max_rank, self.num_experts * max_rank, self.ranks.device)
+        new = self._of_capacity(max_rank, self.num_experts * max_rank)
         new.set_ranks(self.ranks)
-        self.max_rank, self.pool_size = new.max_rank, new.pool_size
-        self.components, self.ranks = new.components, new.ranks
-        self.train_ranks, self.gate = new.train_ranks, new.gate.detach().to(self.gate.dtype).requires_grad_()
+        self._become(new)
+
+    def compact(self) -> Tensor:
+        """Own the live components alone, expert by expert; statistics are dropped. Reads the ranks on the host.
+
+        Returns:
+            int64: the old pool rows in the order of the new ones.
+        """
+        ranks = self.ranks.tolist()
+        rows = torch.cat([own[:rank] for own, rank in zip(self.components, ranks, strict=True)]).long()
+        new = self._of_capacity(max(ranks), sum(ranks))
+        new.set_ranks(ranks)
+        self._become(new)
+        return rows
+
+    def reallocate(self, max_rank: int, pool_size: int) -> None:
+        """Another capacity, every rank 0; statistics are dropped.
+
+        Raises:
+            ValueError: A size is negative, or the pool is larger than it can ever be used.
+        """
+        self._become(self._of_capacity(max_rank, pool_size))
+
+    def _of_capacity(self, max_rank: int, pool_size: int) -> RankTable:
+        return RankTable(self.num_experts, max_rank, pool_size, self.ranks.device, self.num_projections)
+
+    def _become(self, new: RankTable) -> None:
+        self.max_rank, self.pool_size, self.reserved = new.max_rank, new.pool_size, new.reserved
+        self.components, self.ranks, self.train_ranks = new.components, new.ranks, new.train_ranks
+        self.gate, self.demand = (
+            fresh.detach().to(old.dtype).requires_grad_()
+            for fresh, old in ((new.gate, self.gate), (new.demand, self.demand))
+        )
 
     @property
     def sensitivity(self) -> Tensor:
-        """fp32 ``[R]``: ``dL/dm`` of each component, summed over the backward passes since the last clear."""
+        """fp32 ``[P * R]``: ``dL/dm`` of each component, summed over the backward passes since the last clear."""
         return torch.zeros_like(self.gate) if self.gate.grad is None else self.gate.grad
 
+    @property
+    def row_counts(self) -> Tensor:
+        """fp32 ``[E]``: rows that each expert had in the backward passes since the last clear."""
+        return self.routed[0]
+
+    @property
+    def routed(self) -> Tensor:
+        """fp32 ``[2, E]``: the row counts, and the sums of the rows' routing weights; see ``demand``."""
+        return torch.zeros_like(self.demand) if self.demand.grad is None else self.demand.grad
+
     def clear_statistics(self) -> None:
-        """Forget the accumulated sensitivity, in place so that captured graphs stay valid."""
-        if self.gate.grad is not None:
-            self.gate.grad.zero_()
+        """Forget what was accumulated, in place so that captured graphs stay valid."""
+        for leaf in (self.gate, self.demand):
+            if leaf.grad is not None:
+                leaf.grad.zero_()
 
     def reset_training_state(self) -> None:
         """Training runs exactly the components that evaluation runs."""
-        if self.train_ranks.device != self.ranks.device:  # a state dict was assigned to a table on the meta device
+        device = self.ranks.device
+        if self.train_ranks.device != device:  # a state dict was assigned to a table on the meta device
             self.train_ranks = torch.empty_like(self.ranks)
-            self.gate = torch.empty_like(self.gate, device=self.ranks.device).requires_grad_()
+            self.gate = torch.empty_like(self.gate, device=device).requires_grad_()
+            self.demand = torch.zeros_like(self.demand, device=device).requires_grad_()
         self.train_ranks.copy_(self.ranks)
         with torch.no_grad():
             self.gate.fill_(1.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RankTable:
-        """Move the plain tensors along with the buffers; a change to half precision does not touch the gate."""
+        """Move the plain tensors along with the buffers; a change to half precision does not touch the leaves."""
         super()._apply(fn, recurse)
+        was_meta = self.gate.is_meta
         moved = fn(self.gate.detach())
         dtype = torch.float64 if moved.dtype == torch.float64 else torch.float32
-        gate = torch.ones_like(moved) if self.gate.is_meta else self.gate.detach()
-        self.train_ranks = self.ranks.clone() if self.gate.is_meta else self.train_ranks.to(moved.device)
-        self.gate = gate.to(moved.device, dtype, copy=True).requires_grad_()
+        self.train_ranks = self.ranks.clone() if was_meta else self.train_ranks.to(moved.device)
+        for name, value in (("gate", 1.0), ("demand", 0.0)):
+            leaf = getattr(self, name).detach()
+            leaf = torch.full_like(leaf, value, device=moved.device) if was_meta else leaf
+            setattr(self, name, leaf.to(moved.device, dtype, copy=True).requires_grad_())
         return self
 
     def extra_repr(self) -> str:

@@ -5,6 +5,8 @@ Gradients come from autograd through these loops.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,13 +54,14 @@ def grouped_lora_linear_reference(
     bias: Tensor | None = None,
     base: Tensor | None = None,
     transposed: bool = False,
+    ranks: Tensor | None = None,
 ) -> Tensor:
     """Expert by expert ``lora_linear_reference``; rows past the last offset are zero."""
-    x, offsets = x.double(), group_offsets.tolist()
+    x, offsets, ranks = x.double(), group_offsets.tolist(), table.ranks if ranks is None else ranks
     pieces = []
     for expert in range(table.num_experts):
         rows = slice(offsets[expert], offsets[expert + 1])
-        own = table.components[expert, : int(table.ranks[expert])].long()
+        own = table.components[expert, : int(ranks[expert])].long()
         expert_weight = None if weight is None else (weight[expert].t() if transposed else weight[expert])
         pieces.append(
             lora_linear_reference(
@@ -74,3 +77,32 @@ def grouped_lora_linear_reference(
         )
     pieces.append(x.new_zeros(x.shape[0] - offsets[-1], lora_B.shape[1]))
     return torch.cat(pieces)
+
+
+def moe_lora_mlp_reference(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    projections: Sequence[Callable[[Tensor, int], Tensor]],
+    activation: Callable[[Tensor], Tensor],
+    num_experts: int,
+) -> Tensor:
+    """``out[t] = sum_k weights[t, k] * down(activation(up(x[t])))`` of expert ``top_k_index[t, k]``, token by token.
+
+    Args:
+        x: fp64 ``[T, H]``.
+        top_k_index: ``[T, k]``; an index of ``num_experts`` or more adds nothing.
+        top_k_weights: ``[T, k]``.
+        projections: ``up(rows, expert)`` and ``down(rows, expert)``, both with their adapters.
+        activation: Of the rows between them.
+        num_experts: E.
+    """
+    up, down = projections
+    out = []
+    for token, experts, weights in zip(x, top_k_index.tolist(), top_k_weights, strict=True):
+        total = torch.zeros_like(token)
+        for expert, weight in zip(experts, weights, strict=True):
+            if expert < num_experts:
+                total = total + weight * down(activation(up(token[None], expert)), expert)[0]
+        out.append(total)
+    return torch.stack(out) if out else torch.zeros_like(x)

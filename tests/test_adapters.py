@@ -40,7 +40,7 @@ def test_ranks_and_summary(capsys):
     text = adapters.summary()
     assert capsys.readouterr().out == text + "\n"
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[1:-1]}
-    assert rows["layers.1.q_proj"] == ["12", "12", "3", "5", "72", f"{5 * 24 * 4 / 1024:.1f}"]
+    assert rows["layers.1.q_proj"] == ["1", "12", "12", "3", "5", "72", f"{5 * 24 * 4 / 1024:.1f}"]
     live, held = 8 * 24 + 4 * 32, (10 * 24 + 4 * 32) * 4 / 1024
     assert text.splitlines()[-1].split() == ["total", "of", "4", "12", str(live), f"{held:.1f}"]
 

@@ -115,8 +115,9 @@ def test_shrink_gram():
     (u, u_rows), (v, v_rows) = far_u(), far(torch.full((ROWS, WIDTH), torch.nan, dtype=torch.float16))
     partial, c = torch.full((1, WIDTH, COLUMNS), torch.nan), torch.full((1, WIDTH), torch.nan)
     shrink_gram_module.shrink_gram_kernel[(1, 1)](
-        dy_ptr=dy, b_ptr=b, u_ptr=u, v_ptr=v, d_b_ptr=partial, c_ptr=c, num_experts=1, stride_dym=COLUMNS,
-        FUSE_GRAM=True, PRECISION="ieee", BLOCK_N=16, **SIZES, **table(), **BLOCKS,
+        dy_ptr=dy, b_ptr=b, u_ptr=u, v_ptr=v, d_b_ptr=partial, c_ptr=c, row_index_ptr=None, num_experts=1,
+        stride_dym=COLUMNS, FUSE_GRAM=True, HAS_INDEX=False, PRECISION="ieee", BLOCK_N=16,
+        **SIZES, **table(), **BLOCKS,
     )  # fmt: skip
     expected = dy_rows.float() @ owned(b_rows).t()
     assert torch.equal(v_rows[:, :RANK].float(), expected)

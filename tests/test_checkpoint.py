@@ -280,7 +280,7 @@ OTHERS = {
         {},
         "the checkpoint lacks the adapter gate; call apply_lora",
     ),
-    "another width": (None, {"width": 20}, "up is .*'in_features': 16.*in the checkpoint and .*'in_features': 20"),
+    "another width": (None, {"width": 20}, "up is .*\[16, 12\].*in the checkpoint and .*\[20, 12\]"),
     "another dropout": (None, {"dropout": 0.0}, "'dropout': 0.2.*in the checkpoint"),
     "another method": (None, {"method": FixedRank(6)}, "the checkpoint's methods are .*LearnedRank.*here they are"),
     "other settings": (

@@ -16,10 +16,10 @@ SETTINGS = {"mean_rank": 2.6, "max_rank": MAX_RANK, "total_steps": 40, "seed": 3
 
 
 def make_tables(device="cpu"):
-    """A dense layer, three experts, a dense layer: five groups."""
+    """A dense layer, three experts of two projections each, a dense layer: five groups."""
     return {
-        name: RankTable(experts, MAX_RANK, experts * MAX_RANK, device=device)
-        for name, experts in (("q_proj", 1), ("experts", 3), ("down_proj", 1))
+        name: RankTable(experts, MAX_RANK, experts * MAX_RANK, device=device, num_projections=projections)
+        for name, experts, projections in (("q_proj", 1, 1), ("experts", 3, 2), ("down_proj", 1, 1))
     }
 
 
@@ -27,13 +27,20 @@ def feed(tables, step):
     """Random sensitivities for every component, also for those that did not run."""
     generator = torch.Generator().manual_seed(1000 + step)
     for table in tables.values():
-        table.gate.grad = torch.randn(table.pool_size, generator=generator).to(table.gate.device) - 0.3
+        table.gate.grad = torch.randn(table.gate.numel(), generator=generator).to(table.gate.device) - 0.3
 
 
 def groups(tables, attribute):
-    """Per group: a number, or the group's part of the gate."""
-    values = [getattr(table, attribute).detach().view(table.num_experts, -1) for table in tables.values()]
-    return [row[0] if len(row) == 1 else row for row in torch.cat(values).tolist()]
+    """Per group: its rank, its gates (the same in all projections), or its sensitivities, summed over them."""
+    values = []
+    for table in tables.values():
+        value = getattr(table, attribute).detach()
+        if attribute in ("gate", "sensitivity"):
+            projections = value.double().view(table.num_projections, table.num_experts, -1)
+            assert attribute == "sensitivity" or torch.equal(projections, projections[:1].expand_as(projections))
+            value = projections.sum(0) if attribute == "sensitivity" else projections[0]
+        values += value.tolist()
+    return values
 
 
 class ScalarLearnedRank:
@@ -144,10 +151,25 @@ def test_ranks_go_where_components_lower_the_loss():
     policy = LearnedRank(**SETTINGS).policy(tables)
     for _ in range(40):
         for name, table in tables.items():
-            table.gate.grad = torch.full((table.pool_size,), -1.0 if name == "experts" else 0.0)
+            table.gate.grad = torch.full((table.gate.numel(),), -1.0 if name == "experts" else 0.0)
         policy.step()
     ranks = groups(tables, "ranks")
     assert sum(ranks[1:4]) == 13 and ranks[0] == ranks[4] == 0
+
+
+def test_the_projections_of_an_expert_count_together():
+    """The second projection outweighs the first, by turns of the expert: their sums rank the experts 3, 1, 2, 0."""
+    table = RankTable(4, MAX_RANK, 4 * MAX_RANK, num_projections=2)
+    policy = LearnedRank(**{**SETTINGS, "mean_rank": 3}).policy({"experts": table})
+    sums = (1.0, -0.5, 0.0, -1.0)
+    for _ in range(40):
+        first = torch.tensor([-4.0, 4.0, -4.0, 4.0])
+        c = torch.stack([first, torch.tensor(sums) - first])[:, :, None].expand(2, 4, MAX_RANK)
+        table.gate.grad = c.flatten().clone()
+        policy.step()
+    ranks = table.ranks.tolist()
+    assert sum(ranks) == 12 and ranks[3] == MAX_RANK and ranks[0] == 0 and ranks[1] >= ranks[2]
+    assert table.gate.tolist() == [1.0] * (2 * 4 * MAX_RANK)
 
 
 def test_the_scale_of_the_loss_does_not_matter():
@@ -255,7 +277,7 @@ def test_a_step_never_reads_a_value_on_the_host():
     policy = LearnedRank(**SETTINGS).policy(tables)
     for _ in range(36):
         for table in tables.values():
-            table.gate.grad = torch.empty(table.pool_size, device="meta")
+            table.gate.grad = torch.empty(table.gate.numel(), device="meta")
         policy.step()
     assert policy.frozen
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -340,7 +362,7 @@ def test_a_price_moves_the_sum():
         policy = LearnedRank(**{**SETTINGS, "penalty": penalty}).policy(tables)
         for _ in range(40):
             for table in tables.values():
-                table.gate.grad = torch.full((table.pool_size,), -0.1)
+                table.gate.grad = torch.full((table.gate.numel(),), -0.1)
             policy.step(loss=torch.tensor(1.0))
         sums.append(sum(groups(tables, "ranks")))
     assert sums == [5 * MAX_RANK, 0]

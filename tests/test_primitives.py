@@ -26,6 +26,7 @@ from tests._oracle import (
     expected_shrink,
     expected_shrink_gram,
     make_inputs,
+    sensitivity_terms,
 )
 
 triton_ops = importlib.import_module("lrlora_ops.kernels.primitives")
@@ -113,8 +114,10 @@ def check_shrink_gram(ops: ModuleType, inputs: Inputs, gated: bool, dtype: torch
         inputs.dy, inputs.b, inputs.u, inputs.ranks, SCALING, inputs.gate if gated else None, **inputs.table()
     )
     assert (v.dtype, d_b.dtype, c.dtype) == (dtype, inputs.b.dtype, inputs.gate.dtype)
-    for index, actual in enumerate((v, d_b, c)):
-        assert_parity(actual, lambda compute, index=index: expected_shrink_gram(inputs, gated, compute)[index], dtype)
+    for index, (actual, terms) in enumerate(((v, None), (d_b, None), (c, sensitivity_terms(inputs)))):
+        assert_parity(
+            actual, lambda compute, index=index: expected_shrink_gram(inputs, gated, compute)[index], dtype, terms
+        )
     check_dead_rows(inputs, d_b)
     check_dead_rows(inputs, c)
 

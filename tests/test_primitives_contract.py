@@ -89,6 +89,26 @@ def test_growth_changes_no_bit(rows, columns, dtype):
 
 
 @each_dtype
+def test_growth_changes_no_bit_across_row_blocks(dtype):
+    """The eager backend works on blocks of rows; 700 rows of 2048 columns are three of them, the last one shorter."""
+    rows, columns, max_rank = 700, 2048, 64
+    blocks = eager._row_blocks(torch.empty(rows, columns), slice(0, rows), torch.float32, True)
+    assert [block.stop - block.start for block, _ in blocks] == [256, 256, 188]
+    inputs = make_inputs(Case((max_rank,), max_rank, rows, columns, columns), dtype, max_rank)
+    inputs.b[16:] = 0
+
+    def output(rank: int) -> torch.Tensor:
+        ranks = torch.tensor([rank], dtype=torch.int32)
+        u = eager.shrink(inputs.x, inputs.a, ranks, max_rank)
+        return eager.expand(u, inputs.b, ranks, SCALING, base=inputs.base)
+
+    before = output(16)
+    assert not torch.equal(before, inputs.base)
+    for grown in (17, 32, 33, 64):  # within the second segment, all of it, into the third
+        assert torch.equal(output(grown), before), f"rank 16 -> {grown}"
+
+
+@each_dtype
 def test_growth_of_an_expert_changes_no_bit(dtype):
     """The same where components come from anywhere in the pool, and for the experts that do not grow."""
     case = Case((20, 20), 32, 70, 40, 48, group_sizes=(3, 67))

@@ -22,7 +22,8 @@ def owned(table: RankTable) -> list[list[int]]:
 @st.composite
 def tables(draw: st.DrawFn) -> RankTable:
     num_experts, max_rank = draw(st.integers(1, 5)), draw(st.integers(0, 6))
-    return RankTable(num_experts, max_rank, draw(st.integers(0, num_experts * max_rank)))
+    pool_size = draw(st.integers(0, num_experts * max_rank))
+    return RankTable(num_experts, max_rank, pool_size, num_projections=draw(st.integers(1, 3)))
 
 
 @st.composite
@@ -56,6 +57,17 @@ class AnyHistory(RuleBasedStateMachine):
         assert new.tolist() == grown
 
     @rule(data=st.data())
+    def update(self, data: st.DataObject) -> None:
+        """The form without checks and without a value on the host does what set_ranks does."""
+        ranks = data.draw(affordable_ranks(self.table))
+        twin = copy.deepcopy(self.table)
+        new = twin.set_ranks(ranks)
+        live = self.table.update(torch.tensor(ranks))
+        assert live.dtype == torch.bool and live.shape == (self.table.pool_size,)
+        assert live.nonzero().flatten().tolist() == new.tolist()
+        self.expected = owned(twin)
+
+    @rule(data=st.data())
     @precondition(lambda self: self.table.pool_size)
     def ask_for_too_much(self, data: st.DataObject) -> None:
         ranks = data.draw(affordable_ranks(self.table))
@@ -74,7 +86,12 @@ class AnyHistory(RuleBasedStateMachine):
     @rule()
     def move_through_a_state_dict(self) -> None:
         state = copy.deepcopy(self.table.state_dict())
-        self.table = RankTable(self.table.num_experts, self.table.max_rank, self.table.pool_size)
+        self.table = RankTable(
+            self.table.num_experts,
+            self.table.max_rank,
+            self.table.pool_size,
+            num_projections=self.table.num_projections,
+        )
         self.table.load_state_dict(state)
 
     @rule(how=st.sampled_from(["deepcopy", "pickle"]))
@@ -91,7 +108,8 @@ class AnyHistory(RuleBasedStateMachine):
     def owns_what_it_should(self) -> None:
         assert owned(self.table) == self.expected
         assert torch.equal(self.table.train_ranks, self.table.ranks)
-        assert torch.equal(self.table.gate, torch.ones(self.table.pool_size))
+        assert torch.equal(self.table.gate, torch.ones(self.table.num_projections * self.table.pool_size))
+        assert torch.equal(self.table.demand, torch.zeros(2, self.table.num_experts))
 
     @invariant()
     def every_live_row_has_one_owner(self) -> None:
@@ -148,6 +166,11 @@ def test_impossible_ranks(ranks, message):
         RankTable(2, 4, 6).set_ranks(ranks)
 
 
+def test_an_expert_has_a_projection():
+    with pytest.raises(ValueError, match="num_projections is 0; it must be at least 1"):
+        RankTable(2, 4, 6, num_projections=0)
+
+
 @pytest.mark.parametrize("ranks", [[2.0, 2.0], torch.tensor([2.5, 2.0])])
 def test_ranks_are_integers(ranks):
     with pytest.raises(TypeError, match="integer"):
@@ -157,6 +180,23 @@ def test_ranks_are_integers(ranks):
 def test_freed_rows_are_used_again():
     table = RankTable.uniform(2, 3, max_rank=6, pool_size=6)
     assert sorted(table.set_ranks([0, 6]).tolist()) == [0, 1, 2]
+
+
+def test_experts_keep_their_rows_while_others_grow_and_shrink():
+    table = RankTable.uniform(3, 2, max_rank=4, pool_size=7)
+    assert owned(table) == [[0, 1], [2, 3], [4, 5]]
+    assert table.set_ranks([1, 4, 2]).tolist() == [1, 6]  # the first expert's row, then the free one
+    assert owned(table) == [[0], [2, 3, 1, 6], [4, 5]]
+    assert table.set_ranks([3, 2, 2]).tolist() == [1, 6]
+    assert owned(table) == [[0, 1, 6], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("pool_size", [0, 7, 12])
+def test_update_reads_no_value_on_the_host(pool_size):
+    """On the meta device there are no values to read."""
+    table = RankTable(3, 4, pool_size, device="meta")
+    live = table.update(torch.empty(3, dtype=torch.int64, device="meta"))
+    assert live.is_meta and live.shape == (pool_size,)
 
 
 def test_ranks_may_be_a_tensor():
@@ -177,6 +217,7 @@ def test_gate_stays_fp32(dtype):
     assert table.gate.tolist() == [1, 0, 1, 1, 1, 1]
     assert table.train_ranks.tolist() == [2, 3]
     assert table.ranks.dtype == table.train_ranks.dtype == torch.int32
+    assert table.demand.dtype == torch.float32 and table.demand.requires_grad and table.demand.is_leaf
     assert RankTable.uniform(2, 3).double().gate.dtype == torch.float64
 
 
@@ -191,6 +232,7 @@ def test_materialised_from_meta():
     assert owned(table) == owned(source)
     assert table.train_ranks.tolist() == [3, 3]
     assert table.gate.tolist() == [1] * 7 and table.gate.requires_grad
+    assert table.demand.tolist() == [[0, 0], [0, 0]] and table.demand.requires_grad
     assert table.to("meta").gate.is_meta and table.train_ranks.is_meta
 
 
@@ -224,11 +266,40 @@ def test_sensitivity_accumulates_until_cleared():
     assert table.sensitivity.data_ptr() == memory  # a captured graph keeps writing there
 
 
+def test_what_was_routed_accumulates_until_cleared():
+    """Rows and routing weights per expert arrive as the gradient of a leaf, like the sensitivity."""
+    table = RankTable(3, 2, 4, num_projections=2)
+    assert table.routed.tolist() == [[0, 0, 0], [0, 0, 0]]
+    routed = torch.tensor([[4.0, 0.0, 2.0], [1.5, 0.0, 0.5]])
+    for _ in range(2):
+        (table.demand * routed).sum().backward()
+    assert torch.equal(table.routed, 2 * routed) and table.row_counts.tolist() == [8, 0, 4]
+    memory = table.routed.data_ptr()
+    table.clear_statistics()
+    assert table.routed.tolist() == [[0, 0, 0], [0, 0, 0]]
+    (table.demand * routed).sum().backward()
+    assert torch.equal(table.routed, routed) and table.routed.data_ptr() == memory
+
+
+def test_resize_keeps_ranks_and_drops_statistics():
+    table = RankTable(2, 4, 8, num_projections=2)
+    table.set_ranks([3, 1])
+    (table.gate.sum() + table.demand.sum()).backward()
+    table.resize(3)
+    assert (table.max_rank, table.pool_size, table.ranks.tolist(), table.train_ranks.tolist()) == (3, 6, [3, 1], [3, 1])
+    assert owned(table) == [[0, 1, 2], [3]]
+    assert table.sensitivity.tolist() == [0] * 12 and table.routed.tolist() == [[0, 0], [0, 0]]
+    with pytest.raises(ValueError, match="rank 3 of expert 0"):
+        table.resize(2)
+    assert (table.max_rank, table.pool_size, table.gate.numel()) == (3, 6, 12)
+    with pytest.raises(ValueError, match="shares a pool"):
+        RankTable(2, 4, 7).resize(4)
+
+
 def test_set_ranks_writes_in_place():
     """Captured graphs, compiled code and optimizers hold these tensors."""
     table = RankTable.uniform(2, 3, max_rank=4)
-    tensors = (table.components, table.ranks, table.train_ranks, table.gate)
+    names = ("components", "ranks", "train_ranks", "gate", "demand")
+    tensors = [getattr(table, name) for name in names]
     table.set_ranks([4, 1])
-    assert all(
-        a is b for a, b in zip(tensors, (table.components, table.ranks, table.train_ranks, table.gate), strict=True)
-    )
+    assert all(tensor is getattr(table, name) for tensor, name in zip(tensors, names, strict=True))

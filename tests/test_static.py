@@ -18,10 +18,12 @@ from benchmarks.shapes import Shape
 
 code = pytest.importorskip("benchmarks.static_report.code", reason="needs triton")
 targets = pytest.importorskip("benchmarks.static_report.targets", reason="needs triton")
+configs = pytest.importorskip("lrlora_ops.kernels._configs", reason="needs triton")
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
-MATRIX_KERNELS = {"shrink_kernel", "expand_kernel", "gram_kernel", "shrink_gram_kernel"}
+RANKED_KERNELS = {"shrink_kernel", "expand_kernel", "gram_kernel", "shrink_gram_kernel"}
+MATRIX_KERNELS = RANKED_KERNELS | {"grouped_gemm_kernel"}
 MATRIX_OPCODES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
@@ -42,19 +44,24 @@ def violations(row: Row) -> Iterator[str]:
             yield f"{row['wide_loads']:.0%} of its bytes are loaded by 16"
 
 
-def test_compiled_kernels(tmp_path):
-    """One test, so that parallel test processes compile once."""
-    if not (code.NVIDIA_BIN / "cuobjdump").exists():
+@pytest.mark.parametrize("target", targets.TARGETS)
+def test_compiled_kernels(target, tmp_path):
+    """One test per target: a process that compiles takes seconds to start, and parallel tests share the targets."""
+    if not (code.NVIDIA_BIN / "nvdisasm").exists():
         pytest.skip("this build of triton carries no NVIDIA tools")
-    rows = compile_quick(tmp_path / "static.json")
+    rows = compile_quick(target, tmp_path / "static.json")
 
-    sm_90 = {(row["kernel"], row["capacity"]) for row in rows if row["target"] == "sm_90" and "bf16" in row["dtypes"]}
-    assert {(kernel, capacity) for kernel in MATRIX_KERNELS for capacity in (16, 32, 64, 128)} < sm_90
-    assert {kernel for kernel, _ in sm_90} == set(all_kernels()), "a kernel without a case in static_report/cases.py"
-    for target in targets.TARGETS:
-        assert {row["kernel"] for row in rows if row["target"] == target} > MATRIX_KERNELS
+    kernels = {row["kernel"] for row in rows}
+    assert kernels > MATRIX_KERNELS
+    if target == "sm_90":
+        assert kernels == set(all_kernels()), "a kernel without a case in static_report/cases.py"
+        bf16 = {(row["kernel"], row["capacity"]) for row in rows if "bf16" in row["dtypes"]}
+        assert {(kernel, capacity) for kernel in RANKED_KERNELS for capacity in (16, 32, 64, 128)} < bf16
+        assert {row["tile"] for row in rows if row["kernel"] == "grouped_gemm_kernel"} >= {
+            f"M{tile.block_m} N{tile.block_n} K{tile.block_r}" for tile in configs.GEMM_CONFIGS["cuda", 2]
+        }
     found = [
-        f"{row['target']} {row['kernel']} {row['dtypes']} {row['layout']} r={row['capacity']}: {violation}"
+        f"{row['kernel']} {row['dtypes']} {row['layout']} r={row['capacity']}: {violation}"
         for row in rows
         for violation in violations(row)
     ]
@@ -66,10 +73,11 @@ def all_kernels() -> Iterator[str]:
         yield from re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)
 
 
-def compile_quick(path: Path) -> list[Row]:
+def compile_quick(target: str, path: Path) -> list[Row]:
     """The rows of the report's quick part, from a process whose Triton compiles (this one's may interpret)."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.static", "--quick", "--json", str(path)]
+    command = [sys.executable, "-m", "benchmarks.static", "--quick", "--jobs", "1"]
+    command += ["--target", target, "--json", str(path)]
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     return json.loads(path.read_text())

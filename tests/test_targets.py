@@ -96,7 +96,7 @@ class OddOneOut(nn.Module):
         (Model, FixedRank(), "embed", {}, r"it matches embed \(Embedding\)"),
         (Model, FixedRank(), "mlp", {}, r"it matches layers.0.mlp \(ModuleDict\)"),
         (Model, FixedRank(), [], {}, "targets is empty"),
-        (Model, FixedRank(), None, {}, "has no VariableRankLoRALinear to adopt; name layers"),
+        (Model, FixedRank(), None, {}, "has no adapters to adopt; name layers"),
         (Model, {}, None, {}, "targets is empty"),
         (Model, {"q_proj": FixedRank()}, "all-linear", {}, "layers.0.k_proj is a target, but no method's pattern"),
         (Model, {"*": FixedRank(), "q_proj": FixedRank(2)}, "all-linear", {}, "the method for 'q_proj' matches no"),

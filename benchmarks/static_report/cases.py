@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.shapes import GPU_SHAPES
 from lrlora_ops.kernels import primitives
@@ -13,18 +14,31 @@ from lrlora_ops.kernels._tiles import padded_rank
 SHAPE = next(shape for shape in GPU_SHAPES if (shape.model, shape.projection) == ("8B", "q_proj"))
 CAPACITIES = (16, 32, 64, 128)
 # tf32 is fp32 after torch.set_float32_matmul_precision("high").
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-# Of everything but the adapter, and of the adapter.
-DTYPE_PAIRS = (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("tf32", "tf32"))
-# One expert, all of it in order; experts with a component table, gates and gathered rows.
-LAYOUTS = ("dense", "grouped")
-PRIMITIVES = ("shrink", "expand", "gram", "shrink_gram", "dropout")
-_NUM_EXPERTS = 8
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
+# One expert, all of it in order; experts with a component table, gates, biases and gathered rows; experts so many that
+# a tile must suit few rows each, without a bias.
+LAYOUTS = {"dense": 1, "grouped": 8, "few rows": 256}
+# (dtype of everything but the adapter, of the adapter, layout): each table of tiles with every flag of the kernels off
+# or on, not every combination. fp16 is compiled as bf16 is.
+VARIANTS = (
+    ("bf16", "bf16", "dense"),
+    ("bf16", "fp32", "grouped"),
+    ("fp32", "fp32", "grouped"),
+    ("tf32", "tf32", "grouped"),
+)
+PRIMITIVES = ("shrink", "expand", "gram", "shrink_gram")
+# Those that know no rank, with the variants in which their code differs.
+RANKLESS = {
+    "grouped_gemm": tuple((dtype, dtype, layout) for dtype in DTYPES for layout in LAYOUTS),
+    "combine": (("bf16", "bf16", "grouped"), ("fp32", "fp32", "grouped")),
+    "dropout": (("bf16", "bf16", "dense"), ("fp32", "fp32", "dense")),
+}
+_TOP_K = 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a launcher. ``adapter`` is the dtype of A and B, ``dtype`` that of everything else."""
+    """One call of a launcher. ``adapter`` is the dtype of A and B, ``dtype`` that of everything else; 0 is no rank."""
 
     target: str
     primitive: str
@@ -40,43 +54,36 @@ class Case:
 
 def cases(targets: list[str], quick: bool = False) -> list[Case]:
     """Everything that is shipped, or what a test can wait for: bf16 on sm_90 and the widest tiles elsewhere."""
+    kinds = [(primitive, capacity, VARIANTS) for primitive in PRIMITIVES for capacity in CAPACITIES]
+    kinds += [(primitive, 0, variants) for primitive, variants in RANKLESS.items()]
     every = [
-        Case(target, primitive, capacity, dtype, adapter, layout)
+        Case(target, primitive, capacity, *variant)
         for target in targets
-        for primitive in PRIMITIVES
-        for capacity in CAPACITIES
-        for dtype, adapter in DTYPE_PAIRS
-        for layout in LAYOUTS
+        for primitive, capacity, variants in kinds
+        for variant in variants
     ]
-    return [case for case in every if not _repeats(case) and (not quick or _is_quick(case))]
-
-
-def _repeats(case: Case) -> bool:
-    """dropout knows no rank, adapter, layout or product."""
-    first = (CAPACITIES[0], case.dtype, LAYOUTS[0])
-    return case.primitive == "dropout" and (case.dtype == "tf32" or (case.capacity, case.adapter, case.layout) != first)
+    return [case for case in every if not quick or _is_quick(case)]
 
 
 def _is_quick(case: Case) -> bool:
-    if case.target == "sm_90" and case.dtype == "bf16":
-        return (case.adapter, case.layout) in (("bf16", "dense"), ("fp32", "grouped"))
-    return case.capacity == CAPACITIES[-1] and case.layout == "grouped" and case.dtype in ("bf16", "fp32")
+    widest = case.capacity in (0, CAPACITIES[-1]) and case.layout == "grouped" and case.dtype != "tf32"
+    return widest or (case.target == "sm_90" and case.dtype == "bf16")
 
 
 def launch(case: Case) -> None:
     """Calls the launcher once on CPU tensors of ``SHAPE``, which nothing reads if the launch itself is intercepted."""
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
+    if case.primitive in RANKLESS:
+        _launch_rankless(case)
+        return
     dtype, adapter, rank = DTYPES[case.dtype], DTYPES[case.adapter], case.capacity
-    grouped = case.layout == "grouped"
-    num_experts = _NUM_EXPERTS if grouped else 1
+    num_experts, gather = LAYOUTS[case.layout], _routing(case)
     experts: dict[str, Any] = {}
-    gather: dict[str, Any] = {}
-    if grouped:
+    if "group_offsets" in gather:
         experts["components"] = torch.arange(num_experts * rank, dtype=torch.int32).view(num_experts, rank)
-        experts["group_offsets"] = torch.arange(num_experts + 1, dtype=torch.int32) * (SHAPE.M // num_experts)
-        gather["row_index"] = torch.arange(SHAPE.M)
+        experts["group_offsets"] = gather.pop("group_offsets")
     ranks = torch.full((num_experts,), rank, dtype=torch.int32)
-    gate = None if case.layout == "dense" else torch.ones(num_experts * rank)
+    gate = torch.ones(num_experts * rank) if experts else None
     x = torch.empty(SHAPE.M, SHAPE.K, dtype=dtype)
     u = torch.empty(SHAPE.M, padded_rank(rank), dtype=dtype)
     a = torch.empty(num_experts * rank, SHAPE.K, dtype=adapter)
@@ -86,7 +93,30 @@ def launch(case: Case) -> None:
         primitives.expand_(x, u, a, ranks, 1.0, gate, **experts)
     elif case.primitive == "gram":
         primitives.gram(u, x, ranks, a.shape[0], 1.0, adapter, gate, **experts, **gather)
-    elif case.primitive == "shrink_gram":
-        primitives.shrink_gram(x, a, u, ranks, 1.0, gate, **experts)
+    else:
+        primitives.shrink_gram(x, a, u, ranks, 1.0, gate, **experts, **gather)
+
+
+def _routing(case: Case) -> dict[str, Tensor]:
+    """Where each expert's rows end, and which rows they are."""
+    num_experts = LAYOUTS[case.layout]
+    if num_experts == 1:
+        return {}
+    return {
+        "group_offsets": torch.arange(num_experts + 1, dtype=torch.int32) * (SHAPE.M // num_experts),
+        "row_index": torch.arange(SHAPE.M),
+    }
+
+
+def _launch_rankless(case: Case) -> None:
+    num_experts = LAYOUTS[case.layout]
+    x = torch.empty(SHAPE.M, SHAPE.K, dtype=DTYPES[case.dtype])
+    if case.primitive == "grouped_gemm":
+        weight = x.new_empty(1, SHAPE.N, SHAPE.K).expand(num_experts, -1, -1)
+        bias = x.new_empty(num_experts, SHAPE.N) if case.layout == "grouped" else None
+        primitives.grouped_gemm(x, weight, bias, case.layout == "grouped", **_routing(case))
+    elif case.primitive == "combine":
+        positions = torch.arange(SHAPE.M).view(-1, _TOP_K)
+        primitives.combine(x, positions, torch.ones(positions.shape))
     else:
         primitives.dropout_add_(torch.empty_like(x), x, torch.zeros((), dtype=torch.int64), 0.1)

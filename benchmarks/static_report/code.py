@@ -1,11 +1,13 @@
 """What one compiled kernel is made of, read from its machine code: SASS for NVIDIA, amdgcn assembly for AMD."""
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +33,57 @@ class Code:
     loads: dict[str, int]  # global loads by opcode
 
 
-def read_code(compiled: Any) -> Code:
-    """The facts of a ``triton.compiler.CompiledKernel``, without a GPU."""
-    if "cubin" in compiled.asm:
-        return _read_cubin(compiled.asm["cubin"], compiled.metadata.shared)
-    return _read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
+def read_codes(kernels: Sequence[Any]) -> list[Code]:
+    """The facts of each ``triton.compiler.CompiledKernel``, all compiled for one GPU, which need not be there."""
+    if not kernels or "cubin" not in kernels[0].asm:
+        return [_read_amdgcn(kernel.asm["amdgcn"], kernel.metadata.shared) for kernel in kernels]
+    opcodes = _disassemble([_text(kernel.asm["cubin"]) for kernel in kernels], kernels[0].metadata.target.arch)
+    return [_read_cubin(kernel, counts) for kernel, counts in zip(kernels, opcodes, strict=True)]
 
 
-def _cuobjdump(option: str, cubin: str) -> str:
-    command = [str(NVIDIA_BIN / "cuobjdump"), option, cubin]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-@cache  # a disassembly takes a second, and many launches share their code
-def _read_cubin(cubin: bytes, shared: int) -> Code:
+def _nvidia_tool(*arguments: str, data: bytes) -> str:
+    """What an NVIDIA tool prints about a file of ``data``."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(data)
         file.flush()
-        usage = _cuobjdump("-res-usage", file.name)
-        sass = _cuobjdump("-sass", file.name)
+        command = [str(NVIDIA_BIN / arguments[0]), *arguments[1:], file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _text(cubin: bytes) -> bytes:
+    """The instructions in a cubin, an ELF file of 64 bits: its sections named ``.text.*``."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    entry_size, num_entries, names = struct.unpack_from("<3H", cubin, 0x3A)
+    # Each entry: name, type, flags, address, offset, size.
+    entries = [struct.unpack_from("<2I4Q", cubin, table + index * entry_size) for index in range(num_entries)]
+    first_name = entries[names][4]
+    return b"".join(
+        cubin[offset : offset + size]
+        for name, *_, offset, size in entries
+        if cubin.startswith(b".text.", first_name + name)
+    )
+
+
+def _disassemble(texts: list[bytes], arch: int) -> list[Counter[str]]:
+    """Opcodes of each kernel's instructions, of 16 bytes each; one call for all, as nvdisasm is slow to start."""
+    options = ("--binary", f"SM{arch}{'a' if arch >= 90 else ''}", "--no-dataflow")
+    sass = _nvidia_tool("nvdisasm", *options, data=b"".join(texts))
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_.x]*)", sass)
+    bounds = list(accumulate((len(text) // 16 for text in texts), initial=0))
+    if len(opcodes) != bounds[-1]:
+        raise RuntimeError(f"{NVIDIA_BIN / 'nvdisasm'} printed {len(opcodes)} of {bounds[-1]} instructions")
+    return [Counter(opcodes[first:end]) for first, end in pairwise(bounds)]
+
+
+def _read_cubin(kernel: Any, opcodes: Counter[str]) -> Code:
+    usage = _nvidia_tool("cuobjdump", "-res-usage", data=kernel.asm["cubin"])
     resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_.x]*)", sass))
     loads = _select(opcodes, r"LDG|LDGSTS|UTMALDG|UBLKCP")
     return Code(
         registers=resources["REG"],
         spills=sum(_select(opcodes, r"LDL|STL").values()),
         stack=resources["STACK"] + resources["LOCAL"],
-        shared=shared,
+        shared=kernel.metadata.shared,
         matrix=_select(opcodes, r"HGMMA|QGMMA|HMMA|UTC[A-Z]*MMA"),
         wide_loads=_wide_share(loads),
         loads=loads,

@@ -18,7 +18,7 @@ _TEXT: dict[str, Callable[[Row], str]] = {
     "matrix instructions": lambda row: ", ".join(f"{count} {opcode}" for opcode, count in row["matrix"].items()) or "-",
 }
 _NUMBERS: dict[str, Callable[[Row], str]] = {
-    "r": lambda row: str(row["capacity"]),
+    "r": lambda row: str(row["capacity"] or "-"),
     "regs": lambda row: str(row["registers"]),
     "spills": lambda row: str(row["spills"]),
     "stack": lambda row: str(row["stack"]),
@@ -50,7 +50,7 @@ def layer_floors(rows: Iterable[Row]) -> Iterator[str]:
     dense = [row for row in rows if (row["target"], row["layout"], row["dtypes"]) == ("sm_90", "dense", "bf16")]
     base = base_cost(SHAPE).floor_ms()
     for rank in CAPACITIES:
-        launches = [row for row in dense if row["capacity"] == rank and row["primitive"] != "dropout"]
+        launches = [row for row in dense if row["capacity"] == rank]
         ours = sum(row["floor_ms"] * (2 if row["primitive"] == "expand" else 1) for row in launches)  # y and dx
         best = lora_cost(SHAPE, rank).floor_ms()
         if launches:

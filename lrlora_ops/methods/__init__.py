@@ -1,7 +1,8 @@
 """Methods: who decides the ranks. One file each, and they know models only through ``RankTable``."""
 
 from lrlora_ops.methods.base import Method, Policy
+from lrlora_ops.methods.dynamic import DynamicRank
 from lrlora_ops.methods.fixed import FixedRank
 from lrlora_ops.methods.learned import LearnedRank
 
-__all__ = ["FixedRank", "LearnedRank", "Method", "Policy"]
+__all__ = ["DynamicRank", "FixedRank", "LearnedRank", "Method", "Policy"]

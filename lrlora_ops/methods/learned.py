@@ -29,8 +29,8 @@ from lrlora_ops.rank_table import RankTable
 class LearnedRank:
     """Settings: a budget of components, learned ranks within it, integers from the freeze on.
 
-    A group is a dense layer or one expert. The ranks of all groups sum to the budget,
-    ``round(mean_rank * groups)``, while they are learned and after they are rounded.
+    A group is a dense layer, or one expert with its projections tied to one rank. The ranks of all groups sum to
+    the budget, ``round(mean_rank * groups)``, while they are learned and after they are rounded.
 
     Args:
         mean_rank: The budget, as components per group. At ``max_rank`` or more, every group gets ``max_rank``.
@@ -172,7 +172,7 @@ class LearnedRankPolicy:
     def _gradient(self) -> Tensor:
         """fp64 ``[G]``: the estimate of dL/drho from the components up to k, k included."""
         tau = self._tau()
-        sensitivity = torch.cat([table.sensitivity.to(self.rho.device) for table in self.tables.values()])
+        sensitivity = torch.cat([_group_sensitivity(table).to(self.rho.device) for table in self.tables.values()])
         sensitivity = sensitivity.view(self.groups, self.method.max_rank).double()
         j = torch.arange(self.method.max_rank, device=self.rho.device)
         live = torch.sigmoid((self.rho[:, None] - j - 0.5) / tau)
@@ -225,7 +225,11 @@ class LearnedRankPolicy:
         live = (self.k + 1).clamp(max=max_rank)
         gate = (torch.arange(max_rank, device=self.k.device) != self.k[:, None]).float().flatten()
         torch._foreach_copy_([table.train_ranks for table in tables], list(live.split(sizes)))
-        torch._foreach_copy_([table.gate for table in tables], list(gate.split([max_rank * size for size in sizes])))
+        gates = zip(tables, gate.split([max_rank * size for size in sizes]), strict=True)
+        torch._foreach_copy_(
+            [projection for table in tables for projection in table.gate.chunk(table.num_projections)],
+            [part for table, part in gates for _ in range(table.num_projections)],
+        )
 
     def _follow_the_tables(self) -> None:
         """A model may move to another device after its adapters are made."""
@@ -260,3 +264,10 @@ class LearnedRankPolicy:
         self.t, self.updates, self.frozen = int(state["t"]), int(state["updates"]), bool(state["frozen"])
         self.total_steps = int(state["total_steps"]) or self.total_steps
         self._write()
+
+
+def _group_sensitivity(table: RankTable) -> Tensor:
+    """fp32 or fp64 ``[R]``: ``dL/dm`` of components with one gate for all projections, the sum of theirs."""
+    if table.num_projections == 1:
+        return table.sensitivity
+    return table.sensitivity.view(table.num_projections, -1).sum(0, dtype=torch.float64)

@@ -1,5 +1,7 @@
 """Adapters: modules that hold parameters and a rank table."""
 
+from lrlora_ops.modules.experts import VariableRankLoRAExperts
+from lrlora_ops.modules.grouped import VariableRankLoRAGroupedLinear
 from lrlora_ops.modules.linear import VariableRankLoRALinear
 
-__all__ = ["VariableRankLoRALinear"]
+__all__ = ["VariableRankLoRAExperts", "VariableRankLoRAGroupedLinear", "VariableRankLoRALinear"]

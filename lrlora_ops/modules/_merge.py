@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lrlora_ops.ops._backward import without_autocast
+from lrlora_ops.modules._interface import without_adapter
+from lrlora_ops.ops._autocast import without_autocast
 
 
 def check_merge(adapter: nn.Module, merged: nn.Module, weight: Tensor, update: Tensor) -> None:
@@ -21,17 +26,48 @@ def check_merge(adapter: nn.Module, merged: nn.Module, weight: Tensor, update: T
         RuntimeError: The outputs differ by more than the rounding of the merged weight and of both terms of the sum.
     """
     probe = torch.randn(16, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    modes = [(module, module.training) for root in (adapter, merged) for module in root.modules()]
+    with _evaluating(adapter, merged), without_autocast(weight.device):
+        actual, expected = merged(probe).double(), adapter(probe).double()
+    _compare(actual, expected, weight, (probe.double() @ update.t()).norm())
+
+
+def check_merged_experts(experts: Any, merged: Any) -> None:
+    """Compare adapted and merged experts on random tokens that all experts get, as ``check_merge`` does.
+
+    Args:
+        experts: The adapted experts module of transformers.
+        merged: The one that shall replace it.
+
+    Raises:
+        RuntimeError: The outputs differ by more than rounding.
+    """
+    weight = experts.down_proj
+    num_experts, hidden = weight.shape[0], weight.shape[2 if experts.is_transposed else 1]
+    tokens = torch.randn(2 * num_experts, hidden, device=weight.device, dtype=weight.dtype)
+    index = torch.arange(num_experts, device=weight.device).repeat(2)[:, None]
+    ones = torch.ones_like(index, dtype=weight.dtype)
+    with _evaluating(experts, merged), without_autocast(weight.device):
+        actual, expected = (module(tokens, index, ones).double() for module in (merged, experts))
+        with without_adapter(experts):
+            base = experts(tokens, index, ones).double()
+    _compare(actual, expected, weight, (expected - base).norm())
+
+
+@contextmanager
+def _evaluating(*roots: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for root in roots for module in root.modules()]
     try:
         for module, _ in modes:
             module.training = False
-        with without_autocast(weight.device):
-            actual, expected = merged(probe).double(), adapter(probe).double()
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _compare(actual: Tensor, expected: Tensor, weight: Tensor, update: Tensor) -> None:
     difference = (actual - expected).norm()
-    allowed = _rounding(weight) * (expected.norm() + (probe.double() @ update.t()).norm())
+    allowed = _rounding(weight) * (expected.norm() + update)
     if not difference <= allowed:
         raise RuntimeError(
             f"the merged layer differs from the adapter's forward by {difference:.3g} (allowed {allowed:.3g}); the "

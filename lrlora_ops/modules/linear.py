@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrlora_ops.modules._adapter import ComponentPool, RankAdapter
 from lrlora_ops.modules._merge import check_merge
 from lrlora_ops.ops import lora_linear
-from lrlora_ops.ops._backward import without_autocast
 from lrlora_ops.rank_table import RankTable
 
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-class VariableRankLoRALinear(nn.Module):
+class VariableRankLoRALinear(ComponentPool, RankAdapter):
     """``y = x W^T + bias + scaling * sum_{j < rank} <x, a_j> b_j`` with W and bias frozen.
 
     ``lora_A`` starts uniform in ``+-1/sqrt(in_features)`` (PEFT's), ``lora_B`` at zero, so that a new adapter
@@ -63,7 +62,7 @@ class VariableRankLoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype).requires_grad_(False)
-        super().__init__()
+        nn.Module.__init__(self)
         self._adopt(base)
         self._add_adapter(in_features, out_features, max_rank, rank, lora_alpha, dropout, base.weight.device, dtype)
 
@@ -132,40 +131,28 @@ class VariableRankLoRALinear(nn.Module):
     ) -> None:
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
-        self.in_features, self.out_features, self.dropout = in_features, out_features, dropout
-        self.table = RankTable(1, max_rank, max_rank, device)
-        self.lora_alpha = 2.0 * max_rank if lora_alpha is None else lora_alpha
-        self.scaling = self.lora_alpha / max_rank if max_rank else 0.0
-        self.lora_A = nn.Parameter(_initial_a(torch.empty(0, in_features, device=device, dtype=dtype), max_rank))
-        self.lora_B = nn.Parameter(torch.zeros(max_rank, out_features, device=device, dtype=dtype))
+        self.dropout = dropout
+        self._add_table(RankTable(1, max_rank, max_rank, device), lora_alpha)
+        self._add_components(max_rank, in_features, out_features, device, dtype)
         self.set_rank(rank)
 
-    @property
-    def max_rank(self) -> int:
-        """The components that the adapter holds, R."""
-        return self.lora_A.shape[0]
+    def pools(self) -> dict[str, ComponentPool]:
+        return {"": self}
 
     @property
     def rank(self) -> Tensor:
         """int32 ``[]`` on the device: the live components. ``int(layer.rank)`` waits for the device."""
         return self.table.ranks[0]
 
-    @property
-    def sensitivity(self) -> Tensor:
-        """fp32 ``[R]``: ``dL/dm`` of each component, summed over the training backward passes since the last clear."""
-        return self.table.sensitivity
-
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K] -> [..., N]``. In training mode a method's sampled ranks and probes apply."""
-        table = self.table
-        if table.gate.device != table.ranks.device:  # from_pretrained moves parameters and buffers alone
-            table.reset_training_state()
+        ranks, (gate,) = self.running()
         return lora_linear(
             x,
             self.lora_A,
             self.lora_B,
-            gate=table.gate if self.training else None,
-            rank=table.train_ranks if self.training else table.ranks,
+            gate=gate,
+            rank=ranks,
             scaling=self.scaling,
             weight=self.weight,
             bias=self.bias,
@@ -185,11 +172,8 @@ class VariableRankLoRALinear(nn.Module):
         """
         if not isinstance(rank, int) or not 0 <= rank <= self.max_rank:
             raise ValueError(f"rank is {rank!r}; it must be an integer from 0 to max_rank, {self.max_rank}")
-        slots = torch.arange(self.max_rank, device=self.lora_B.device)
-        born = (slots >= self.table.ranks) & (slots < rank)
+        born = self.table.update(torch.full_like(self.table.ranks, rank))
         self.lora_B.masked_fill_(born[:, None], 0.0)
-        self.table.ranks.fill_(rank)
-        self.table.reset_training_state()
 
     @torch.no_grad()
     def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -198,11 +182,7 @@ class VariableRankLoRALinear(nn.Module):
         Args:
             dtype: To compute in; default fp32, or fp64 for an fp64 adapter.
         """
-        dtype = dtype or torch.promote_types(self.lora_A.dtype, torch.float32)
-        dead = (torch.arange(self.max_rank, device=self.lora_B.device) >= self.table.ranks)[:, None]
-        lora_A, lora_B = (p.to(dtype).masked_fill(dead, 0.0) for p in (self.lora_A, self.lora_B))
-        with without_autocast(dead.device):
-            return self.scaling * (lora_B.t() @ lora_A)
+        return self.delta(self.table.rows_of(0), self.scaling, dtype)
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
@@ -243,25 +223,14 @@ class VariableRankLoRALinear(nn.Module):
         rank, held = int(self.rank), min(max_rank, self.max_rank)
         if max_rank < rank:
             raise ValueError(f"max_rank is {max_rank}, below the rank {rank}; lower the rank first with set_rank")
-        for parameter, fresh in (
-            (self.lora_A, _initial_a(self.lora_A, max_rank)),
-            (self.lora_B, self.lora_B.new_zeros(max_rank, self.out_features)),
-        ):
-            fresh[:held] = parameter[:held]
-            parameter.grad = None
-            # The gradient accumulator that a live graph holds knows the old shape; a change of dtype discards it.
-            parameter.data = fresh.new_empty(0, dtype=torch.float32 if fresh.dtype == torch.float16 else torch.float16)
-            parameter.data = fresh
+        self.hold(torch.arange(held, device=self.lora_A.device), max_rank)
         self.table.resize(max_rank)
+
+    def merge_into(self, host: nn.Module) -> nn.Module:
+        return self.merge()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, max_rank={self.max_rank}"
-
-
-def _initial_a(like: Tensor, max_rank: int) -> Tensor:
-    """``[max_rank, K]`` as PEFT draws it: uniform in +-1/sqrt(K)."""
-    bound = 1 / math.sqrt(max(like.shape[1], 1))
-    return like.new_empty(max_rank, like.shape[1]).uniform_(-bound, bound)
 
 
 def _is_customised(layer: nn.Module) -> bool:

@@ -1,5 +1,7 @@
 """Public ops: ``torch.autograd.Function`` over the primitives of a backend."""
 
+from lrlora_ops.ops.grouped_lora_linear import grouped_lora_linear
 from lrlora_ops.ops.lora_linear import lora_linear
+from lrlora_ops.ops.moe_lora_mlp import ExpertLinear, moe_lora_mlp
 
-__all__ = ["lora_linear"]
+__all__ = ["ExpertLinear", "grouped_lora_linear", "lora_linear", "moe_lora_mlp"]

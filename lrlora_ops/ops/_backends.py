@@ -7,6 +7,8 @@ import os
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from lrlora_ops import eager
 
@@ -48,3 +50,15 @@ def _require_triton(device: torch.device) -> None:
 def primitives(backend: str) -> ModuleType:
     """The module that holds the primitives of a backend."""
     return _PRIMITIVES[backend]
+
+
+def dense_product(
+    backend: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    """``x W^T + bias``, or ``x W`` if transposed, for a frozen ``weight`` ``[N, K]``: the base layer's part.
+
+    PyTorch's own product, but for half precision on a CPU without instructions for it, which PyTorch emulates.
+    """
+    if backend == "eager" and eager.widens(x):
+        return eager.grouped_gemm(x, weight[None], None if bias is None else bias[None], transposed)
+    return x @ weight if transposed else F.linear(x, weight, bias)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lrlora_ops.ops._autocast import without_autocast
+
 Gradients = tuple[Tensor | None, ...]
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which operations run in the dtypes of their operands."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class _RefuseSecond(torch.autograd.Function):

@@ -6,15 +6,13 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lrlora_ops import _checks
-from lrlora_ops.ops._backends import primitives, resolve_backend
-from lrlora_ops.ops._backward import differentiable_once, without_autocast
+from lrlora_ops.ops._autocast import autocast_operands, without_autocast
+from lrlora_ops.ops._backends import dense_product, primitives, resolve_backend
+from lrlora_ops.ops._backward import differentiable_once
 from lrlora_ops.reference import lora_linear_reference
-
-_CAST_BY_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -42,7 +40,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if weight is None:
             y = ops.expand(u, lora_B, ranks, scaling, gate, None, None, base)
         else:
-            y = F.linear(x, weight, bias)
+            y = dense_product(backend, x, weight, bias)
             ops.expand_(y, u, lora_B, ranks, scaling, gate)
         ctx.save_for_backward(x, lora_A, lora_B, gate, weight, ranks, seed, u)
         ctx.dropout, ctx.scaling, ctx.backend = dropout, scaling, backend
@@ -74,7 +72,10 @@ class LoRALinearFunction(torch.autograd.Function):
             x_dropped = x if seed is None else ops.dropout(x, seed, ctx.dropout)
             d_a = ops.gram(v, x_dropped, ranks, lora_A.shape[0], scaling, lora_A.dtype, gate)
         if needs_x:
-            d_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if weight is None else dy @ weight
+            if weight is None:
+                d_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
+            else:
+                d_x = dense_product(ctx.backend, dy, weight, transposed=True)
             if seed is None:
                 ops.expand_(d_x, v, lora_A, ranks, scaling, gate)
             else:
@@ -127,7 +128,7 @@ def lora_linear(
             backend cannot run here.
         RuntimeError: The result is differentiated twice; ``backend="reference"`` supports that.
     """
-    x, weight, bias, base = _autocast(x, weight, bias, base)  # type: ignore[assignment]
+    x, weight, bias, base = autocast_operands(x, weight, bias, base)  # type: ignore[assignment]
     _checks.check_lora_linear(x, lora_A, lora_B, gate, rank, weight, bias, base)
     backend = resolve_backend(backend, x.device)
     _checks.check_backend_dtypes(backend, x=x, lora_A=lora_A, lora_B=lora_B, base=base)
@@ -158,15 +159,6 @@ def lora_linear(
             backend,
         )
     return y.view(*x.shape[:-1], out_features)
-
-
-def _autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """The operands of the base product in the dtype that ``F.linear`` would compute in."""
-    operands = [x, *others]
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return operands
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return [t if t is None or t.dtype not in _CAST_BY_AUTOCAST else t.to(dtype) for t in operands]
 
 
 def _rank_tensor(rank: int | Tensor | None, lora_A: Tensor) -> Tensor:

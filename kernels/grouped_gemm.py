@@ -1,0 +1,140 @@
+"""grouped_gemm: ``y[i] = W[e_i] x[row_index[i]] + bias[e_i]``, the frozen base product of experts.
+
+Compute-bound from about a hundred rows per expert on. Column tiles of a few row tiles run side by side, so that x and
+the expert's weight come from the L2. Rows are gathered by pointer, and no copy of x is permuted.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrlora_ops.kernels._configs import gemm_tile
+from lrlora_ops.kernels._tiles import dot_precision, locate_tile, row_major, row_tiles, source_rows
+
+# Row tiles whose programs run side by side.
+_GROUP_M = 8
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def grouped_gemm_kernel(
+    x_ptr,  # [M, K]
+    weight_ptr,  # [E, K, N] with any strides
+    bias_ptr,  # [E, N]
+    y_ptr,  # [L, N], output
+    group_offsets_ptr,  # [E + 1]
+    row_index_ptr,  # [L]
+    num_rows,
+    in_features,
+    out_features,
+    num_experts,
+    stride_xm,
+    stride_we,
+    stride_wk,
+    stride_wn,
+    HAS_BIAS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of BLOCK_M rows of one expert by BLOCK_N columns. Grid: (row tiles * column tiles,).
+
+    The last expert's tiles go on to the last row, with zeros where its rows have ended.
+    """
+    column_tiles = tl.cdiv(out_features, BLOCK_N)
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    pid_m, pid_n = tl.swizzle2d(
+        pid // column_tiles, pid % column_tiles, programs // column_tiles, column_tiles, GROUP_M
+    )
+    expert, first, end = locate_tile(pid_m, group_offsets_ptr, num_rows, num_experts, GROUPED, BLOCK_M, BLOCK_E)
+    end_of_stores = tl.where(expert == num_experts - 1, num_rows, end)
+    if first >= end_of_stores:
+        return
+    offs_m = first + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < end
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < out_features
+    offs_k = tl.arange(0, BLOCK_K)
+
+    x_rows = source_rows(row_index_ptr, offs_m, mask_m, HAS_INDEX) * stride_xm
+    weight_cols = expert.to(tl.int64) * stride_we + offs_n.to(tl.int64) * stride_wn
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if HAS_BIAS:  # one copy for each row: a row alone would be loaded by single elements
+        bias = bias_ptr + expert.to(tl.int64) * out_features + offs_n
+        acc += tl.load(
+            bias[None, :] + tl.zeros((BLOCK_M, 1), tl.int32), mask=mask_m[:, None] & mask_n[None, :], other=0.0
+        )
+    live_features = tl.where(first < end, in_features, 0)
+    for k in range(0, live_features, BLOCK_K):
+        mask_k = k + offs_k < in_features
+        x = tl.load(x_ptr + x_rows[:, None] + (k + offs_k)[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        weight_rows = (k + offs_k).to(tl.int64) * stride_wk
+        weight = tl.load(
+            weight_ptr + weight_rows[:, None] + weight_cols[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0
+        )
+        acc = tl.dot(x, weight.to(x.dtype), acc, input_precision=PRECISION)
+
+    offs = offs_m.to(tl.int64)[:, None] * out_features + offs_n[None, :]
+    mask = (offs_m < end_of_stores)[:, None] & mask_n[None, :]
+    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@torch.library.custom_op("lrlora_triton::grouped_gemm", mutates_args=())
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+    group_offsets: Tensor | None = None,
+    row_index: Tensor | None = None,
+) -> Tensor:
+    """y ``[L, N]`` in x's dtype, for x ``[M, K]``, bias ``[E, N]`` and weight ``[E, N, K]`` (``[E, K, N]`` transposed).
+
+    ``group_offsets`` int32 ``[E + 1]`` says which rows are whose; without it E is 1. ``row_index`` ``[L]`` gathers
+    rows of x; without it L is M. Rows that belong to no expert are zero.
+    """
+    x = row_major(x)
+    weight = weight if transposed else weight.transpose(1, 2)
+    num_experts, in_features, out_features = weight.shape
+    num_rows = x.shape[0] if row_index is None else row_index.shape[0]
+    y = x.new_empty(num_rows, out_features)
+    if y.numel() == 0:
+        return y
+    tile = gemm_tile(num_rows // num_experts, x.dtype)
+    programs = row_tiles(num_rows, num_experts, tile.block_m) * triton.cdiv(out_features, tile.block_n)
+    grouped_gemm_kernel[(programs,)](
+        x,
+        weight,
+        None if bias is None else bias.contiguous(),
+        y,
+        group_offsets,
+        row_index,
+        num_rows,
+        in_features,
+        out_features,
+        num_experts,
+        x.stride(0),
+        *weight.stride(),
+        HAS_BIAS=bias is not None,
+        GROUPED=group_offsets is not None,
+        HAS_INDEX=row_index is not None,
+        PRECISION=dot_precision(x.dtype),
+        GROUP_M=_GROUP_M,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_r,
+        **tile.launch_options(),
+    )
+    return y
+
+
+@grouped_gemm.register_fake
+def _(x, weight, bias=None, transposed=False, group_offsets=None, row_index=None):
+    num_rows = x.shape[0] if row_index is None else row_index.shape[0]
+    return x.new_empty(num_rows, weight.shape[2 if transposed else 1])

@@ -1,0 +1,180 @@
+"""VariableRankLoRAExperts: a rank per expert for the experts modules of transformers, as a child module of theirs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrlora_ops.modules._adapter import ComponentPool, RankAdapter, set_ranks
+from lrlora_ops.modules._interface import CHILD, attach, detach, expert_projections
+from lrlora_ops.modules._merge import check_merged_experts
+from lrlora_ops.ops import ExpertLinear, moe_lora_mlp
+from lrlora_ops.rank_table import RankTable
+
+
+class VariableRankLoRAExperts(RankAdapter):
+    """The adapter of all experts of a layer; it lives in the experts module as ``experts.lrlora``.
+
+    The components of an expert serve both of its projections, whose ranks are thereby tied. The experts module keeps
+    its parameters, frozen, under their names.
+
+    Attributes:
+        gate_up_proj: ``lora_A`` ``[R, H]`` and ``lora_B`` ``[R, 2 I]``; named ``up_proj`` where experts have no gate.
+        down_proj: ``lora_A`` ``[R, I]`` and ``lora_B`` ``[R, H]``.
+        table: Which expert owns which components.
+    """
+
+    def __init__(self, projections: dict[str, ComponentPool], table: RankTable, lora_alpha: float | None) -> None:
+        super().__init__()
+        self._add_table(table, lora_alpha)
+        for name, pool in projections.items():
+            self.add_module(name, pool)
+        self.projections = tuple(projections)
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: nn.Module,
+        *,
+        max_rank: int = 32,
+        rank: int = 8,
+        pool_rank: int | None = None,
+        lora_alpha: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> VariableRankLoRAExperts:
+        """Adapt an experts module of transformers (one on its experts interface), in place.
+
+        Args:
+            experts: E.g. ``model.model.layers[0].mlp.experts``; its parameters are frozen.
+            max_rank: The most components that one expert may own.
+            rank: Of every expert at the start.
+            pool_rank: Components held per expert on the average; default ``max_rank``.
+            lora_alpha: Default ``2 * max_rank``, so that scaling is 2.
+            dtype: Of the adapter; default fp32, or fp64 for fp64 experts.
+
+        Returns:
+            The adapter, also at ``experts.lrlora``.
+
+        Raises:
+            ValueError: The module is not on the interface, is adapted already, or a size is out of range.
+        """
+        adapter = cls.for_experts(
+            experts, max_rank=max_rank, rank=rank, pool_rank=pool_rank, lora_alpha=lora_alpha, dtype=dtype
+        )
+        experts.requires_grad_(False)
+        attach(experts, adapter)
+        return adapter
+
+    @classmethod
+    def for_experts(
+        cls,
+        experts: Any,
+        *,
+        max_rank: int,
+        rank: int,
+        pool_rank: int | None,
+        lora_alpha: float | None,
+        dtype: torch.dtype | None,
+    ) -> VariableRankLoRAExperts:
+        """What ``from_experts`` makes, but the experts are left as they are until ``install``."""
+        names = expert_projections(experts)
+        if hasattr(experts, CHILD):
+            raise ValueError("the experts have an adapter already, at .lrlora; change its ranks with set_ranks")
+        weights = [getattr(experts, name) for name in names]
+        num_experts, device = weights[0].shape[0], weights[0].device
+        if dtype is None:
+            dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+        pool_size = num_experts * (max_rank if pool_rank is None else pool_rank)
+        table = RankTable.uniform(num_experts, rank, max_rank, pool_size, device, num_projections=len(names))
+        pools = {}
+        for name, weight in zip(names, weights, strict=True):
+            out_features, in_features = weight.shape[:0:-1] if experts.is_transposed else weight.shape[1:]
+            pools[name] = ComponentPool(pool_size, in_features, out_features, device, dtype)
+        return cls(pools, table, lora_alpha)
+
+    def install(self, model: nn.Module, host: nn.Module) -> None:
+        attach(host, self)
+
+    def merge_into(self, host: nn.Module) -> nn.Module:
+        return self.merge(host)
+
+    def set_ranks(self, ranks: Sequence[int] | Tensor) -> None:
+        """Give every expert a new rank, in all its projections. Components that become live start with ``b = 0``:
+        growing leaves the output bit-identical.
+
+        Raises:
+            ValueError: A rank is out of range, or the pool too small; nothing is changed then.
+        """
+        set_ranks([self], self.table, ranks)
+
+    def pools(self) -> dict[str, ComponentPool]:
+        return {name: self.get_submodule(name) for name in self.projections}  # type: ignore[misc]
+
+    @property
+    def ranks(self) -> Tensor:
+        """int32 ``[E]`` on the device: the rank of each expert."""
+        return self.table.ranks
+
+    def forward(self, experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``[T, H] -> [T, H]``: what the experts module computes, with the adapters.
+
+        Args:
+            experts: The module that this one is a child of.
+            hidden: ``[T, H]``.
+            top_k_index: integer ``[T, k]``; the number of experts means "not here".
+            top_k_weights: ``[T, k]``.
+        """
+        ranks, gates = self.running()
+        up, down = (
+            ExpertLinear(
+                weight=getattr(experts, name),
+                lora_A=pool.lora_A,
+                lora_B=pool.lora_B,
+                gate=gate,
+                bias=getattr(experts, f"{name}_bias") if experts.has_bias else None,
+                transposed=experts.is_transposed,
+            )
+            for (name, pool), gate in zip(self.pools().items(), gates, strict=True)
+        )
+        return moe_lora_mlp(
+            hidden,
+            top_k_index,
+            top_k_weights,
+            up,
+            down,
+            self.table,
+            activation=experts._apply_gate if experts.has_gate else experts.act_fn,
+            post=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+            scaling=self.scaling,
+            ranks=ranks,
+            demand=self.table.demand if self.training else None,
+        )
+
+    def delta_weight(self, projection: str, expert: int, dtype: torch.dtype | None = None) -> Tensor:
+        """``[N, K]``: the update of one projection of one expert, whatever layout the experts' weights have."""
+        return self.pools()[projection].delta(self.table.rows_of(expert), self.scaling, dtype)
+
+    @torch.no_grad()
+    def merge(self, experts: Any) -> nn.Module:
+        """A copy of the experts module, plain again, with the updates in its weights; checked against the adapter's
+        forward.
+
+        Raises:
+            RuntimeError: The merged module's output differs from the adapter's.
+        """
+        merged = detach(copy.deepcopy(experts), experts)
+        for name in self.projections:
+            weight = getattr(merged, name)
+            for expert in range(self.table.num_experts):
+                delta = self.delta_weight(name, expert, torch.promote_types(weight.dtype, torch.float32))
+                target = weight[expert].t() if experts.is_transposed else weight[expert]
+                target.copy_(target.to(delta.dtype) + delta)
+        check_merged_experts(experts, merged)
+        return merged
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.table.num_experts}, max_rank={self.max_rank}, pool_size={self.table.pool_size}"

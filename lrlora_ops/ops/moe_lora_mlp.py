@@ -1,0 +1,118 @@
+"""moe_lora_mlp: the experts of a Mixture-of-Experts layer from tokens to tokens, every expert with its own rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lrlora_ops import _checks
+from lrlora_ops.ops._autocast import autocast_operands, without_autocast
+from lrlora_ops.ops._backends import resolve_backend
+from lrlora_ops.ops._demand import count_demand
+from lrlora_ops.ops.grouped_lora_linear import GroupedLoRALinearFunction, gate_operand
+from lrlora_ops.rank_table import RankTable
+from lrlora_ops.routing import Routing
+
+
+@dataclass(frozen=True)
+class ExpertLinear:
+    """One projection of all experts: the frozen layers, and the pool of components that updates them.
+
+    Attributes:
+        weight: ``[E, N, K]``, or ``[E, K, N]`` if ``transposed``; frozen.
+        lora_A: ``[R, K]``.
+        lora_B: ``[R, N]``.
+        gate: fp32 ``[R]``, or None for ones.
+        bias: ``[E, N]``, or None; frozen.
+        transposed: The layout of ``weight``.
+    """
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    gate: Tensor | None = None
+    bias: Tensor | None = None
+    transposed: bool = False
+
+
+def moe_lora_mlp(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    up: ExpertLinear,
+    down: ExpertLinear,
+    table: RankTable,
+    *,
+    activation: Callable[[Tensor], Tensor],
+    post: Callable[[Tensor], Tensor] | None = None,
+    scaling: float = 1.0,
+    ranks: Tensor | None = None,
+    demand: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``out[t] = sum_k top_k_weights[t, k] * post(down_e(activation(up_e(x[t]))))`` with ``e = top_k_index[t, k]``.
+
+    Tokens are gathered and combined inside the products: x is not permuted, an update is never materialised, and the
+    rows that are combined are not saved for backward (they are where ``post`` needs them).
+
+    Args:
+        x: ``[T, H]`` in fp32, fp16 or bf16 (fp64 on the eager backend).
+        top_k_index: integer ``[T, k]``, the experts of each token; E, the number of experts, drops a pair.
+        top_k_weights: ``[T, k]``, floating point.
+        up: The first projection, ``H -> 2 I`` if gated (gate_up_proj), else ``H -> I``.
+        down: The second projection, ``I -> H``.
+        table: Which expert owns which pool rows, in both projections alike.
+        activation: ``[L, 2 I] -> [L, I]``, row by row, or ``[L, I] -> [L, I]``: the model's own gating function.
+        post: ``[L, H] -> [L, H]``, row by row, on the experts' outputs, for models that normalise them.
+        scaling: Factor of the updates.
+        ranks: int32 ``[E]``, the live components of each expert; default ``table.ranks``.
+        demand: fp32 ``[2, E]`` whose gradient becomes the row counts of the experts and the sums of their routing
+            weights (``RankTable.demand``).
+        backend: "triton", "eager", or None for triton on a GPU and eager elsewhere.
+
+    Returns:
+        ``[T, H]`` in x's dtype; under autocast in autocast's. Gradients flow to x, top_k_weights, the adapters and
+        the gates.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit, a weight requires a gradient, or the backend cannot run.
+        RuntimeError: The result is differentiated twice.
+    """
+    x, up_weight, up_bias, down_weight, down_bias = autocast_operands(x, up.weight, up.bias, down.weight, down.bias)  # type: ignore[assignment]
+    ranks = table.ranks if ranks is None else ranks
+    backend = resolve_backend(backend, x.device)
+    if backend == "reference":
+        raise ValueError("moe_lora_mlp has the backends 'triton' and 'eager'; the oracle is in lrlora_ops.reference")
+    if x.dim() != 2 or top_k_weights.shape != top_k_index.shape or top_k_index.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, top_k_index {tuple(top_k_index.shape)} and top_k_weights "
+            f"{tuple(top_k_weights.shape)}; they must be [tokens, hidden], [tokens, top_k] and [tokens, top_k]"
+        )
+    routing = Routing.from_topk(top_k_index, table.num_experts)
+
+    def project(
+        rows: Tensor, linear: ExpertLinear, weight: Tensor, bias: Tensor | None, weights: Tensor | None, gathers: bool
+    ) -> Tensor:
+        _checks.check_expert_adapter(
+            rows, linear.lora_A, linear.lora_B, table, linear.gate, ranks, weight, bias, linear.transposed
+        )
+        _checks.check_backend_dtypes(backend, x=rows, lora_A=linear.lora_A, lora_B=linear.lora_B)
+        with without_autocast(x.device):
+            return GroupedLoRALinearFunction.apply(
+                *(rows, linear.lora_A, linear.lora_B, gate_operand(linear.gate, rows), None),
+                *(weights, weight, bias, ranks, table.components, routing.group_offsets),
+                *(routing.token_index, routing.row_order, routing.row_position),
+                *(gathers, linear.transposed, scaling, backend),
+            )
+
+    hidden = activation(project(x, up, up_weight, up_bias, None, gathers=True)).to(x.dtype)
+    row_weights = top_k_weights.detach().flatten()[routing.row_order]
+    if post is None:
+        out = project(hidden, down, down_weight, down_bias, top_k_weights, gathers=False)
+    else:
+        rows = post(project(hidden, down, down_weight, down_bias, None, gathers=False))
+        kept = top_k_weights.masked_fill(top_k_index >= table.num_experts, 0.0)
+        out = (rows[routing.row_position] * kept[..., None]).sum(1).to(x.dtype)
+    return count_demand(out, demand, routing.group_offsets, row_weights)
