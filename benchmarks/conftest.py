@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks import report
-from benchmarks.dense import DTYPES, Case, Outcome, Outcomes, Row, measure
 from benchmarks.floors import Machine
 from benchmarks.providers import MODES
+from benchmarks.race import DTYPES, Case, Outcome, Outcomes, Row, measure
 from benchmarks.timing import probe
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shapes import Shape
+from benchmarks.shapes import ExpertsShape, Shape
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,32 @@ def lora_cost(shape: Shape, rank: int, itemsize: int = 2, adapter_itemsize: int 
         return Cost(itemsize * m * (k + 2 * rank) + adapter_itemsize * rank * (k + n), 2 * m * rank * (k + n))
     activations = itemsize * (2 * m * k + m * n + 6 * m * rank)
     return Cost(activations + 3 * adapter_itemsize * rank * (k + n), 6 * m * rank * (k + n))
+
+
+def experts_base_cost(layer: ExpertsShape, itemsize: int = 2, *, backward: bool = True) -> Cost:
+    """The frozen experts: each of two projections reads all weights once, x per token and its rows, writes its rows."""
+    t, rows, k, n, e = layer.T, layer.rows, layer.hidden, layer.intermediate, layer.num_experts
+    products = 2 if backward else 1
+    weights, activations = e * 3 * k * n, t * k + rows * 3 * n + rows * k
+    return Cost(products * itemsize * (weights + activations), products * 2 * rows * 3 * k * n)
+
+
+def experts_lora_cost(
+    layer: ExpertsShape, rank: int, itemsize: int = 2, adapter_itemsize: int = 2, *, backward: bool = True
+) -> Cost:
+    """The adapters alone, ``rank`` components per expert in both projections, by the rules of ``lora_cost``.
+
+    x and the gradient of the output are read once per token, not once per row: they fit the cache.
+    """
+    t, rows, k, n, e = layer.T, layer.rows, layer.hidden, layer.intermediate, layer.num_experts
+    widths = (k + 2 * n) + (n + k)
+    if rank == 0:
+        return Cost(0, 0)
+    if not backward:
+        activations = itemsize * (t * k + rows * n + 4 * rows * rank)
+        return Cost(activations + adapter_itemsize * e * rank * widths, 2 * rows * rank * widths)
+    activations = itemsize * (2 * t * k + rows * 2 * n + 2 * rows * n + t * k + 12 * rows * rank)
+    return Cost(activations + 3 * adapter_itemsize * e * rank * widths, 6 * rows * rank * widths)
 
 
 def launch_cost(kernel: str, arguments: dict[str, Any]) -> Cost:

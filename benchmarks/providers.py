@@ -59,15 +59,16 @@ class Problem:
 class Provider:
     """A layer with an adapter, and what its backward pass differentiates by.
 
-    ``leaves`` are lora_A, lora_B and gate under these names, those that the layer has. ``state`` is what it holds
-    beside its parameters and buffers.
+    ``leaves`` are lora_A, lora_B, gate and so on under the oracle's names, those that the layer has; ``canonical``
+    brings the gradient of one of them into the oracle's layout. ``state`` is what the layer holds beside its
+    parameters and buffers.
     """
 
     problem: Problem
     layer: nn.Module
     rank: int
     leaves: dict[str, Tensor] = field(default_factory=dict)
-    transposed_b: bool = False
+    canonical: Callable[[str, Tensor], Tensor] = lambda name, gradient: gradient
     state: tuple[Tensor, ...] = ()
 
     def step(self, mode: str) -> Callable[[], object]:
@@ -90,9 +91,7 @@ class Provider:
         self.layer.train()
         gradients = self._forward_backward()
         results = dict(zip(("y", "x", *self.leaves), (y, *gradients), strict=True))
-        if self.transposed_b:
-            results["lora_B"] = results["lora_B"].t()
-        return results
+        return {name: self.canonical(name, result) for name, result in results.items()}
 
     def resident(self) -> list[Tensor]:
         """What exists anyway, whether a backward pass is to follow or not."""
@@ -131,7 +130,8 @@ def peft(problem: Problem, rank: int) -> Provider:
     with torch.no_grad():
         lora_a.copy_(problem.lora_A[:rank])
         lora_b.copy_(problem.lora_B[:rank].t())
-    return Provider(problem, layer, rank, {"lora_A": lora_a, "lora_B": lora_b}, transposed_b=True)
+    leaves = {"lora_A": lora_a, "lora_B": lora_b}
+    return Provider(problem, layer, rank, leaves, lambda name, result: result.t() if name == "lora_B" else result)
 
 
 class PlainLoRA(nn.Module):
@@ -215,14 +215,19 @@ class Oracle:
         return {"y": self.y + update.detach(), "x": self.d_x + d_x, "lora_A": d_a, "lora_B": d_b, "gate": d_gate}
 
     def check(self, provider: Provider) -> None:
-        """Compare a provider's output and gradients.
-
-        Raises:
-            AssertionError: One of them is further off than ``TOLERANCE``, or is not finite.
-        """
+        """Compare a provider's output and gradients; raises as ``compare`` does."""
         expected = self.expected(provider.rank)
-        limit = TOLERANCE[self.problem.x.dtype]
-        for name, actual in provider.results().items():
-            exact = expected[name][: actual.shape[0]] if name.startswith("lora") else expected[name]
-            error = float((actual.double() - exact).norm() / exact.norm())
-            assert error <= limit, f"parity: {name} has a relative error of {error:.2g}, above {limit:.0e}; not timed"
+        results = provider.results()
+        compare({name: expected[name][: result.shape[0]] for name, result in results.items()}, results)
+
+
+def compare(expected: dict[str, Tensor], results: dict[str, Tensor]) -> None:
+    """Results against the oracle's, in relative norm.
+
+    Raises:
+        AssertionError: One of them is further off than ``TOLERANCE``, or is not finite.
+    """
+    limit = TOLERANCE[results["y"].dtype]
+    for name, actual in results.items():
+        error = float((actual.double() - expected[name]).norm() / expected[name].norm())
+        assert error <= limit, f"parity: {name} has a relative error of {error:.2g}, above {limit:.0e}; not timed"

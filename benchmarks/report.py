@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import lrlora_ops
-from benchmarks.dense import Row
 from benchmarks.floors import Machine
+from benchmarks.race import Row
 
 _COLUMNS = {  # heading -> what stands there
     "provider": lambda row: row.provider,
@@ -93,7 +93,7 @@ def write(path: Path, rows: list[Row], about: dict[str, Any]) -> Path:
 
 
 def _title(row: Row) -> str:
-    return f"{row.shape} {row.dtype} r{row.max_rank}, {row.mode}"
+    return f"{row.layer} {row.dtype} r{row.max_rank}, {row.mode}"
 
 
 def _shown(row: Row) -> Any:

@@ -48,3 +48,39 @@ CPU_SHAPES = [
     Shape("8B", "q_proj", 1024, 4096, 4096),
     Shape("1B", "up_proj", 1024, 2048, 8192),
 ]
+
+
+@dataclass(frozen=True)
+class ExpertsShape:
+    """The experts of a Mixture-of-Experts layer, gated MLPs ``H -> 2 I -> H``, for T tokens of ``top_k`` rows each."""
+
+    model: str
+    T: int
+    num_experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+
+    def __str__(self) -> str:
+        sizes = f"{self.num_experts}e top{self.top_k} {self.hidden}/{self.intermediate}"
+        return f"{self.model} {self.T} tokens {sizes}"
+
+    @property
+    def rows(self) -> int:
+        """Rows that experts work on, L."""
+        return self.T * self.top_k
+
+
+def olmoe(tokens: int) -> ExpertsShape:
+    """OLMoE-1B-7B, from its config.json."""
+    return ExpertsShape("OLMoE", tokens, 64, 8, 2048, 1024)
+
+
+def qwen3(tokens: int) -> ExpertsShape:
+    """Qwen3-30B-A3B, from its config.json."""
+    return ExpertsShape("Qwen3", tokens, 128, 8, 2048, 768)
+
+
+def mixtral(tokens: int) -> ExpertsShape:
+    """Mixtral-8x7B, from its config.json."""
+    return ExpertsShape("Mixtral", tokens, 8, 2, 4096, 14336)

@@ -37,7 +37,9 @@ def save(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
     tensors, policies = _policy_state(adapters)
     for name, module in adapters.modules.items():
         state = module.state_dict()
-        tensors |= {f"{name}.{key}": state[key].detach().cpu().contiguous() for key in _keys(module.settings())}
+        kept = {key: state[key].detach().cpu().contiguous() for key in _keys(module.settings())}
+        # Modules may share a table, but the tensors of a file share no memory.
+        tensors |= {f"{name}.{key}": t.clone() if key.startswith("table.") else t for key, t in kept.items()}
     tensor_file = f"lrlora_adapters-{uuid.uuid4().hex}.safetensors"
     state = {
         "version": VERSION,
@@ -66,9 +68,10 @@ def load(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
         _check(adapters, state, tensors)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); load another checkpoint") from error
+    resized = {name for name, module in adapters.modules.items() if state["modules"][name] != module.settings()}
     for name, module in adapters.modules.items():
         settings = state["modules"][name]
-        if settings != module.settings():
+        if name in resized:
             module.reallocate(settings["max_rank"], settings["pool_size"])
         module.load_state_dict({key: tensors[f"{name}.{key}"] for key in _keys(settings)}, strict=False)
     for index, policy in enumerate(adapters.policies):

@@ -26,8 +26,9 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] | None) -> dict[
     Args:
         model: Its ``nn.Linear`` layers and experts modules are candidates; for an exact pattern any layer with
             ``in_features`` is.
-        targets: "all-linear" (every ``nn.Linear`` but the output embeddings and what PyTorch reads past an
-            adapter), "experts", one pattern, or several; None for the adapters that the model already has.
+        targets: "all-linear" (every ``nn.Linear`` but the output embeddings, what PyTorch reads past an adapter and
+            routers that are one by their class alone), "experts", one pattern, or several; None for the adapters
+            that the model already has.
 
     Raises:
         ValueError: Nothing matches, or the model has adapters already; the message lists what could be named.
@@ -72,9 +73,10 @@ def _find(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
         return _require_experts(modules, experts)
     linear = {name: m for name, m in modules.items() if hasattr(m, "in_features") and hasattr(m, "out_features")}
     bypassed = [m.out_proj for m in modules.values() if isinstance(m, nn.MultiheadAttention)]
+    routers = [m for parent in modules.values() for m in parent.children() if _is_router(m, parent)]
     hits: dict[str, nn.Module]
     if pattern == ALL_LINEAR:
-        left_out = {id(m) for m in [*_output_embeddings(model), *bypassed]}
+        left_out = {id(m) for m in [*_output_embeddings(model), *bypassed, *routers]}
         hits = {name: m for name, m in linear.items() if isinstance(m, nn.Linear) and id(m) not in left_out}
     else:
         hits = {name: m for name, m in (linear | experts).items() if matches(name, pattern)}
@@ -83,6 +85,11 @@ def _find(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
             raise ValueError(
                 f"target {pattern!r} matches {name}, whose weight nn.MultiheadAttention reads without calling the "
                 "layer, so that an adapter there would do nothing; leave it out of targets"
+            )
+        if any(module is other for other in routers):
+            raise ValueError(
+                f"target {pattern!r} matches {name}, a {type(module).__name__}, which returns choices of experts and "
+                "not a linear layer's output; leave it out of targets"
             )
     if not hits:
         others = {f"{name} ({type(m).__name__})": m for name, m in modules.items() if matches(name, pattern)}
@@ -141,6 +148,17 @@ def call_every_layer(model: nn.Module) -> None:
             module.use_nested_tensor = False
         elif isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
+
+
+def _is_router(module: nn.Module, parent: nn.Module) -> bool:
+    """Whether it is a linear layer by its class alone, as phimoe's router is, which returns weights and choices."""
+    beside_experts = any(is_experts(sibling) for sibling in parent.children())
+    return (
+        beside_experts
+        and isinstance(module, nn.Linear)
+        and type(module).__module__ == type(parent).__module__  # not a quantised linear layer
+        and type(module).forward is not nn.Linear.forward
+    )
 
 
 def _output_embeddings(model: nn.Module) -> list[nn.Module]:

@@ -23,7 +23,14 @@ from lrlora_ops._targets import (
 )
 from lrlora_ops.methods import Method, Policy
 from lrlora_ops.modules import VariableRankLoRAExperts, VariableRankLoRALinear
-from lrlora_ops.modules._adapter import ComponentPool, RankAdapter, replace_module, set_ranks, unique_tables
+from lrlora_ops.modules._adapter import (
+    ComponentPool,
+    RankAdapter,
+    replace_module,
+    set_ranks,
+    silence_dead,
+    unique_tables,
+)
 from lrlora_ops.modules._interface import is_experts
 
 
@@ -81,6 +88,7 @@ def apply_lora(
         own = [modules[name] for name in names]
         for table in unique_tables(dict(zip(names, own, strict=True))).values():
             set_ranks(own, table, [chosen.initial_rank] * table.num_experts)
+        silence_dead(own)
     call_every_layer(model)
     return Adapters(model, modules, served)
 
@@ -158,13 +166,13 @@ class Adapters:
             table.clear_statistics()
 
     def _reduce_statistics(self) -> None:
-        leaves = [leaf for table in self.tables.values() for leaf in (table.gate, table.demand)]
-        for leaf in leaves:
-            if leaf.grad is None:
-                leaf.grad = torch.zeros_like(leaf)
-        reduced = _process_mean(torch.cat([leaf.grad.flatten() for leaf in leaves]))
-        for leaf, mean in zip(leaves, reduced.split([leaf.numel() for leaf in leaves]), strict=True):
-            leaf.grad.copy_(mean.view_as(leaf))
+        statistics = []
+        for leaf in (leaf for table in self.tables.values() for leaf in (table.gate, table.demand)):
+            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            statistics.append(leaf.grad)
+        reduced = _process_mean(torch.cat([values.flatten() for values in statistics]))
+        for values, mean in zip(statistics, reduced.split([values.numel() for values in statistics]), strict=True):
+            values.copy_(mean.view_as(values))
 
     def ranks(self) -> dict[str, Tensor]:
         """int32 per adapter: its rank, ``[]``, or those of its experts, ``[E]``.
@@ -183,7 +191,7 @@ class Adapters:
         """
         columns = "{:<48} {:>7} {:>7} {:>7} {:>5} {:>4} {:>12} {:>9}"
         lines = [columns.format("adapter", "experts", "in", "out", "rank", "max", "parameters", "KiB held")]
-        totals = [0, 0, 0.0]
+        totals: list[float] = [0, 0, 0.0]
         for name, module in self.modules.items():
             rank, experts = int(module.table.ranks.sum()), module.table.num_experts
             for projection, pool in module.pools().items():
@@ -196,9 +204,9 @@ class Adapters:
                         f"{name}.{projection}" if projection else name, *sizes, f"{rank * width:,}", f"{held:,.1f}"
                     )
                 )
-        rank, parameters, held = totals
+        components, parameters, held = totals
         lines.append(
-            columns.format(f"total of {len(lines) - 1}", "", "", "", rank, "", f"{parameters:,}", f"{held:,.1f}")
+            columns.format(f"total of {len(lines) - 1}", "", "", "", components, "", f"{parameters:,}", f"{held:,.1f}")
         )
         lines += [f"not adapted: {name}, name it or 'experts' in targets" for name in unadapted_experts(self.model)]
         text = "\n".join(lines)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from enum import Enum
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -79,18 +81,41 @@ def lrlora(context: typer.Context) -> None:
 
 @app.command()
 def demo(
-    minutes: Annotated[float, typer.Option(help="Steps are cut on a machine that would need longer.")] = 2.5,
-    output: Annotated[Path, typer.Option(help="Directory for the model, the adapter and the heatmap.")] = Path(
+    context: typer.Context,
+    dense: Annotated[bool, typer.Option("--dense", help="A model without experts: fixed or learned ranks.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="No step is cut; controls; seeds 0, 1, 2. Takes long.")] = False,
+    seeds: Annotated[
+        list[int] | None, typer.Option(metavar="SEED...", help="Each a run of its own; default 0.")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Steps are cut on a machine that would need longer; default 3.5 a seed.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Directory for the model, the adapters and the heatmap.")] = Path(
         "lrlora-demo"
     ),
-    seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Pretrain a small language model on Python's library, then fine-tune it with fixed and with learned ranks."""
-    from lrlora_ops.finetune.demo import DemoSettings, run_demo
-    from lrlora_ops.finetune.experiments import dense
+    """Pretrain a small Mixture-of-Experts on Python's library, then fine-tune its experts: equal, growing, learned
+    ranks."""
+    from lrlora_ops.finetune import experiments
+    from lrlora_ops.finetune.demo import DemoSettings
+    from lrlora_ops.finetune.seeds import run_seeds
 
-    run_demo(dense(seed), DemoSettings(output=output, minutes=minutes, seed=seed, device=device), Console())
+    minutes = minutes if minutes is not None else math.inf if full else 3.5
+    chosen = [*(seeds or []), *further_seeds(context, seeds, more or [])] or ([0, 1, 2] if full else [0])
+    experiment = experiments.dense if dense else partial(experiments.mixture_of_experts, controls=full)
+    run_seeds(experiment, chosen, DemoSettings(output=output, minutes=minutes, device=device), Console())
+
+
+def further_seeds(context: typer.Context, seeds: Sequence[int] | None, words: Sequence[str]) -> list[int]:
+    """The seeds after the first one of ``--seeds 0 1 2``, which arrive as arguments."""
+    if words and not seeds:
+        context.fail(f"Got unexpected extra argument{'s' if len(words) > 1 else ''} ({' '.join(words)})")
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        context.fail(f"Invalid value for '--seeds': {' '.join(words)} are not all integers")
 
 
 @app.command()

@@ -96,7 +96,8 @@ class RankTable(nn.Module):
         max_rank = rank if max_rank is None else max_rank
         pool_size = num_experts * max_rank if pool_size is None else pool_size
         table = cls(num_experts, max_rank, pool_size, device, num_projections)
-        table.set_ranks([rank] * num_experts)
+        table._check([rank] * num_experts)
+        table.update(torch.full((num_experts,), rank, dtype=torch.int32, device=device))
         return table
 
     def set_ranks(self, ranks: Sequence[int] | Tensor) -> Tensor:
@@ -148,6 +149,10 @@ class RankTable(nn.Module):
         rows = torch.zeros(self.pool_size + 1, dtype=torch.bool, device=slots.device)
         owned = torch.where(slots, self.components, self.pool_size).flatten().long()
         return rows.index_fill_(0, owned, True)[:-1]
+
+    def live_rows(self) -> Tensor:
+        """bool ``[R]``: the pool rows of live components."""
+        return self._rows(torch.arange(self.max_rank, device=self.ranks.device) < self.ranks[:, None])
 
     def rows_of(self, expert: int) -> Tensor:
         """int64 ``[rank]``: the pool rows of an expert's live components. Reads its rank on the host."""

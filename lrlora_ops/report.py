@@ -36,7 +36,7 @@ class RankMatrix:
 
     @classmethod
     def of(cls, ranks: Mapping[str, int]) -> RankMatrix:
-        split = {name: _split(name) for name in ranks}
+        split = {name: split_name(name) for name in ranks}
         stacks = {stack for stack, layer, *_ in split.values() if layer}
         cells = {}
         for name, rank in ranks.items():
@@ -62,8 +62,8 @@ class RankMatrix:
         return sum(chosen) / len(chosen) if chosen else None
 
 
-def _split(name: str) -> tuple[str, str, str, str]:
-    """``(stack, layer, group, module)`` of a dotted name; parts that it does not have are empty."""
+def split_name(name: str) -> tuple[str, str, str, str]:
+    """``(stack, layer, group, module)`` of a module's dotted name; parts that it does not have are empty."""
     parts = name.split(".")
     at = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     if at is None:

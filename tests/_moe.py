@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lrlora_ops import Adapters, VariableRankLoRAExperts
+from lrlora_ops import Adapters, DynamicRank, FixedRank, VariableRankLoRAExperts, apply_lora
 from lrlora_ops.modules._adapter import RankAdapter
 
 NUM_EXPERTS = 4
@@ -27,7 +27,14 @@ COMMON = {
 }
 LOCAL = {"num_local_experts": NUM_EXPERTS}
 NAMED = {"num_experts": NUM_EXPERTS, "moe_intermediate_size": 8}
-MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+MLA = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
 GROUPED = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}
 ROUTED = {"n_routed_experts": NUM_EXPERTS, "moe_intermediate_size": 8}
 LINEAR_ATTENTION = {
@@ -52,7 +59,7 @@ MODELS = {
     "qwen2_moe": NAMED | {"shared_expert_intermediate_size": 12},  # a shared expert of plain linear layers
     "qwen3_moe": NAMED,
     "olmoe": {"num_experts": NUM_EXPERTS},
-    "phimoe": LOCAL,
+    "phimoe": LOCAL | {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "deepseek_v2": MLA | GROUPED | ROUTED,  # the first layer is dense
     "deepseek_v3": MLA | GROUPED | ROUTED,
     "glm4_moe": GROUPED | ROUTED,
@@ -74,10 +81,56 @@ MODELS = {
 }
 
 
+CLASSES = {
+    "muse_spark_text": transformers.MuseSparkTextModel._from_config,
+    "openai_privacy_filter": transformers.AutoModelForTokenClassification.from_config,
+}
+METHODS = {
+    # A pool that the experts share: 3 components each on the average.
+    "experts": DynamicRank(initial_rank=2, target_rank=3, max_rank=6, total_steps=1000),
+    "all-linear": FixedRank(2),
+}
+RANKS = [3, 0, 6, 2]
+
+
 def tiny(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model of random weights in evaluation mode, for ids of 0..39."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(name, **COMMON | MODELS[name])
-    if name == "muse_spark_text":
-        return transformers.MuseSparkTextModel(config).to(dtype)
-    auto = transformers.AutoModelForTokenClassification if name == "openai_privacy_filter" else transformers.AutoModelForCausalLM
-    return auto.from_config(config).to(dtype)
+    return CLASSES.get(name, transformers.AutoModelForCausalLM.from_config)(config).to(dtype).eval()
+
+
+def ids(rows: int = 4) -> Tensor:
+    return torch.randint(3, 40, (rows, 6), generator=torch.Generator().manual_seed(0))
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits, or the last hidden states of a model that has no head."""
+    result = model(input_ids=x, use_cache=False)
+    return result.logits if hasattr(result, "logits") else result.last_hidden_state
+
+
+def adapted(model: nn.Module, targets: str | list[str] = "experts") -> Adapters:
+    """Experts of the ranks ``RANKS``, whose components lie in no order; what nobody owns is NaN."""
+    methods = {pattern: METHODS[pattern] for pattern in ([targets] if isinstance(targets, str) else targets)}
+    dtype = next(model.parameters()).dtype
+    adapters = apply_lora(model, methods, targets, dtype=dtype)
+    torch.manual_seed(1)
+    for module in adapters.modules.values():
+        if isinstance(module, VariableRankLoRAExperts):
+            for ranks in ([0, 4, 4, 4], [2, 6, 0, 4], RANKS):
+                module.set_ranks(ranks)
+        fill(module)
+    return adapters
+
+
+@torch.no_grad()
+def fill(adapter: RankAdapter) -> None:
+    """Updates of the size of the weights, and NaN in all pool rows that no expert owns."""
+    owned = torch.cat([adapter.table.rows_of(expert) for expert in range(adapter.table.num_experts)])
+    dead = torch.ones(adapter.table.pool_size, dtype=torch.bool)
+    dead[owned] = False
+    for pool in adapter.pools().values():
+        pool.lora_B.normal_(std=0.3)
+        for parameter in (pool.lora_A, pool.lora_B):
+            parameter[dead] = torch.nan

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("peft", reason="needs peft, as the benchmarks do")
 
-from benchmarks import dense
+from benchmarks import dense, race
 from benchmarks.floors import Machine, base_cost, lora_cost
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.providers import BUILDERS, FORWARD_BACKWARD, MODES, Oracle, Problem, Unavailable
@@ -82,12 +82,12 @@ def test_what_fails_parity_is_not_timed(monkeypatch):
         raise Unavailable("not here")
 
     monkeypatch.setattr(dense, "BUILDERS", {**BUILDERS, "eager": wrong, "PEFT": absent})
-    outcomes = dense.measure(QUICK, CPU, MACHINE)
+    outcomes = race.measure(QUICK, CPU, MACHINE)
     for mode in MODES:
         assert isinstance(outcomes[mode, "eager"], AssertionError)
         assert isinstance(outcomes[mode, "PEFT"], Unavailable)
         ours = outcomes[mode, "lrlora 3/8"]
-        assert isinstance(ours, dense.Row)
+        assert isinstance(ours, race.Row)
         assert ours.overhead is not None
         assert ours.overhead_to_peft is None
 
@@ -100,9 +100,9 @@ def test_overhead_is_free_of_drift():
 
 
 def test_a_ratio_to_noise_is_none():
-    assert dense.ratio(1.0, 4.0) == 0.25
-    assert dense.ratio(1.0, -0.1) is None
-    assert dense.ratio(1.0, None) is None
+    assert race.ratio(1.0, 4.0) == 0.25
+    assert race.ratio(1.0, -0.1) is None
+    assert race.ratio(1.0, None) is None
 
 
 def test_every_round_runs_every_step():

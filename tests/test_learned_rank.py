@@ -168,7 +168,7 @@ def test_the_projections_of_an_expert_count_together():
         table.gate.grad = c.flatten().clone()
         policy.step()
     ranks = table.ranks.tolist()
-    assert sum(ranks) == 12 and ranks[3] == MAX_RANK and ranks[0] == 0 and ranks[1] >= ranks[2]
+    assert ranks == [0, MAX_RANK, 0, MAX_RANK]
     assert table.gate.tolist() == [1.0] * (2 * 4 * MAX_RANK)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrlora_ops import lora_linear
-from lrlora_ops.ops._backends import _PRIMITIVES
+from lrlora_ops.ops._backends import _FUNCTIONS
 from lrlora_ops.reference import lora_linear_reference
 from tests._oracle import assert_within_budget
 
@@ -285,7 +285,7 @@ def test_only_what_is_asked_for_is_differentiated(name, backend, monkeypatch):
     y = lora_linear(**call.operands | {name: call.operands[name].requires_grad_()}, backend=backend)
     called: list[str] = []
     names = ("shrink", "expand", "expand_", "gram", "shrink_gram")
-    monkeypatch.setitem(_PRIMITIVES, backend, recorder(_PRIMITIVES[backend], names, called))
+    monkeypatch.setitem(_FUNCTIONS, backend, recorder(_FUNCTIONS[backend], names, called))
     y.backward(call.dy)
     needed = {"x": ["shrink", "expand_"], "lora_A": ["shrink", "gram"], "base": []}
     assert called == needed.get(name, ["shrink_gram"])

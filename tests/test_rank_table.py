@@ -94,6 +94,24 @@ class AnyHistory(RuleBasedStateMachine):
         )
         self.table.load_state_dict(state)
 
+    @rule()
+    def compact(self) -> None:
+        """The live rows close up, expert by expert, and the caller is told which they were."""
+        before, ranks = self.expected, self.table.ranks.tolist()
+        rows = self.table.compact()
+        assert rows.dtype == torch.int64 and rows.tolist() == [row for own in before for row in own]
+        assert self.table.ranks.tolist() == ranks
+        assert (self.table.max_rank, self.table.pool_size) == (max(ranks), sum(ranks))
+        fresh = iter(range(len(rows)))
+        self.expected = [[next(fresh) for _ in range(rank)] for rank in ranks]
+
+    @rule(data=st.data(), max_rank=st.integers(0, 6))
+    def reallocate(self, data: st.DataObject, max_rank: int) -> None:
+        pool_size = data.draw(st.integers(0, self.table.num_experts * max_rank))
+        self.table.reallocate(max_rank, pool_size)
+        assert (self.table.max_rank, self.table.pool_size) == (max_rank, pool_size)
+        self.expected = [[] for _ in self.expected]
+
     @rule(how=st.sampled_from(["deepcopy", "pickle"]))
     def copy(self, how: str) -> None:
         if how == "deepcopy":

@@ -12,9 +12,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lrlora_ops import Adapters, apply_lora
+from lrlora_ops.expert_map import ExpertMap
 from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.evaluate import bits_per_byte
 from lrlora_ops.finetune.progress import rank_list, training_progress
+from lrlora_ops.finetune.routing import routing_shares
 from lrlora_ops.finetune.tokens import EncodedText, batches
 from lrlora_ops.finetune.trainer import Recipe, train
 from lrlora_ops.methods import Method
@@ -30,11 +32,13 @@ class Texts:
         train: Pairs of a stream of tokens and how many rows of a batch come from it.
         held_out: Texts by name, of which no part is trained on.
         seq_len: Tokens in a row, in training and in measuring.
+        forgotten: Names of held-out texts of kinds that are not trained on: what the model should not unlearn.
     """
 
     train: Sequence[tuple[Tensor, int]]
     held_out: dict[str, EncodedText]
     seq_len: int
+    forgotten: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -82,6 +86,8 @@ class Arm:
         seconds: Of training alone.
         held: Bytes of adapters, gradients and optimizer state, at the start and at the end.
         gpu_bytes: Peak of memory allocated on the GPU, the model included; None on CPU.
+        routing: Share of the rows of a held-out text that each expert gets, ``[E]`` by text and by adapter, after
+            training; empty without adapted experts.
     """
 
     plan: ArmPlan
@@ -92,6 +98,7 @@ class Arm:
     seconds: float = 0.0
     held: tuple[int, int] = (0, 0)
     gpu_bytes: int | None = None
+    routing: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def prepare(cls, plan: ArmPlan, recipe: Recipe, model: nn.Module, seed: int) -> Arm:
@@ -115,7 +122,17 @@ class Arm:
     @property
     def rank_by_layer(self) -> dict[str, int]:
         """The rank of every layer by name, for layers that have one rank each."""
-        return {name: int(rank) for name, rank in self.adapters.ranks().items()}
+        return {name: int(rank) for name, rank in self.adapters.ranks().items() if rank.dim() == 0}
+
+    @property
+    def expert_ranks(self) -> dict[str, Tensor]:
+        """int32 ``[E]`` on the host: the ranks of the experts, for layers that have them."""
+        return {name: ranks.cpu() for name, ranks in self.adapters.ranks().items() if ranks.dim() == 1}
+
+    @property
+    def expert_map(self) -> ExpertMap | None:
+        """Ranks and routing by layer and expert; None without adapted experts."""
+        return ExpertMap.of(self.expert_ranks, self.routing) if self.expert_ranks else None
 
     def train(self, texts: Texts, seed: int, console: Console) -> None:
         """Train the adapters and measure the model; the same seed gives every arm the same batches."""
@@ -133,6 +150,8 @@ class Arm:
         if device.type == "cuda":
             self.gpu_bytes = torch.cuda.max_memory_allocated(device)
         self.bits = texts.measure(self.model)
+        trained_on = {name: text for name, text in texts.held_out.items() if name not in texts.forgotten}
+        self.routing = routing_shares(self.model, self.adapters, trained_on, texts.seq_len, texts.rows)
 
     def _held(self) -> int:
         return ADAM_COPIES * sum(p.numel() * p.element_size() for p in self.adapters.parameters())

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from lrlora_ops.finetune.arm import Arm, ArmPlan, Texts
 from lrlora_ops.finetune.errors import CheckFailed
+from lrlora_ops.finetune.progress import rank_list
+from lrlora_ops.finetune.tokens import batches
+from lrlora_ops.finetune.trainer import Recipe, batch_loss
 
 OTHER_SEED = -1  # of adapters whose values are about to be replaced, so that none can be right by chance
 
@@ -49,6 +53,41 @@ def comes_back(
     return {text: texts.measure(model) == bits}
 
 
+def growth_keeps_output(plan: ArmPlan, recipe: Recipe, model: nn.Module, texts: Texts, seed: int) -> dict[str, bool]:
+    """Whether a growth of the ranks, of adapters that are trained up to it, changes no bit of the model's output.
+
+    Args:
+        plan: Its ranks grow.
+        recipe: Of its run; it is trained as far as the first growth.
+        model: A fresh copy of the model, without adapters.
+        texts: What the run trains on.
+        seed: Of the run.
+    """
+    adapters = plan.apply(model, recipe.steps, seed)
+    optimizer = torch.optim.AdamW(adapters.parameters(), recipe.lr, recipe.betas, weight_decay=0.0)
+    device = adapters.parameters()[0].device
+    probe = next(batches(texts.train, texts.seq_len, 1, OTHER_SEED)).to(device)
+    grown, unchanged = 0, False
+    for batch in batches(texts.train, texts.seq_len, recipe.steps, seed):
+        batch_loss(model.train(), batch.to(device)).backward()
+        ranks, before = sum(rank_list(adapters)), _logits(model, probe)
+        adapters.step()
+        grown = sum(rank_list(adapters)) - ranks
+        if grown:
+            unchanged = torch.equal(_logits(model, probe), before)
+            break
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = any(bool(p.any()) for name, p in adapters.named_parameters() if name.endswith("lora_B"))
+    text = f"{plan.name}: output bit-identical across a growth by {grown} components"
+    return {text: grown > 0 and trained and unchanged}
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, batch: Tensor) -> Tensor:
+    return model.eval()(input_ids=batch).logits
+
+
 def print_checks(console: Console, checks: Mapping[str, bool]) -> None:
     """A line for each.
 
@@ -56,7 +95,8 @@ def print_checks(console: Console, checks: Mapping[str, bool]) -> None:
         CheckFailed: Not all hold.
     """
     for text, passed in checks.items():
-        console.print(f"{'PASS' if passed else 'FAIL'}  {text}", style="green" if passed else "red", highlight=False)
+        line, style = f"{'PASS' if passed else 'FAIL'}  {text}", "green" if passed else "red"
+        console.print(line, style=style, highlight=False, soft_wrap=True)
     if failed := len(checks) - sum(checks.values()):
         raise CheckFailed(
             f"{failed} of {len(checks)} checks failed, see FAIL above: do not use what this run wrote, and report it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lrlora_ops.finetune.arm import Arm, Texts
-from lrlora_ops.finetune.checks import comes_back, print_checks, same_budget
+from lrlora_ops import DynamicRank
+from lrlora_ops.finetune.arm import Arm, ArmPlan, Texts
+from lrlora_ops.finetune.checks import comes_back, growth_keeps_output, print_checks, same_budget
 from lrlora_ops.finetune.demo_texts import DemoTexts, read_texts
 from lrlora_ops.finetune.errors import CommandError
-from lrlora_ops.finetune.experiments import Experiment
+from lrlora_ops.finetune.experiments import ControlPlan, Experiment
 from lrlora_ops.finetune.machine import describe, peak_memory, pick_device
-from lrlora_ops.finetune.outcome import print_comparison, print_results, show_ranks
+from lrlora_ops.finetune.outcome import draw_ranks, print_comparison, print_ranks, print_results
 from lrlora_ops.finetune.pretrained import load_pretrained, quiet_transformers
 from lrlora_ops.finetune.progress import training_progress
 from lrlora_ops.finetune.speed import OPTIMIZER_SHARE, Costs, choose_threads, seconds_per_step
@@ -34,8 +36,8 @@ class DemoSettings:
     """Where and for how long the demo runs.
 
     Attributes:
-        output: Directory for the model, the adapter and the heatmap; made if need be.
-        minutes: Steps are cut on a machine that would need longer.
+        output: Directory for the model, the adapters and the heatmap; made if need be.
+        minutes: Steps are cut on a machine that would need longer; inf for a run that is never cut.
         seed: Of the weights, the batches and the adapters.
         device: ``auto``, ``cpu``, ``cuda``, ...
         characters: How much of each text is encoded to train on.
@@ -43,7 +45,7 @@ class DemoSettings:
     """
 
     output: Path = Path("lrlora-demo")
-    minutes: float = 2.5
+    minutes: float = 3.5
     seed: int = 0
     device: str = "auto"
     characters: int = 3_000_000
@@ -54,7 +56,10 @@ class DemoSettings:
             raise CommandError(f"--minutes is {self.minutes}; it must be above 0")
 
 
-def run_demo(experiment: Experiment, settings: DemoSettings, console: Console) -> None:
+Results = dict[str, dict[str, float]]  # held-out bits per byte by text, by arm; before any of them first
+
+
+def run_demo(experiment: Experiment, settings: DemoSettings, console: Console) -> Results:
     """Pretrain, fine-tune in each way, show, check.
 
     Raises:
@@ -84,11 +89,15 @@ def run_demo(experiment: Experiment, settings: DemoSettings, console: Console) -
 
     print_results(console, before, arms)
     print_comparison(console, arms[0], arms[1:])
-    show_ranks(console, arms[-1], settings.output / "ranks.png")
-    print_checks(console, same_budget(arms) | save_and_reload(arms[-1], base, texts.tuning, settings.output))
-    name = arms[-1].plan.name
-    console.print(f"  {settings.output}: base/ is the model, adapter/ {name}'s adapter, ranks.png its heatmap")
+    planned = arms[: len(experiment.plans)]
+    for arm in planned[1:]:
+        print_ranks(console, arm)
+    pictures = draw_ranks(planned[1:], settings.output)
+    print_checks(console, check(planned, base, texts.tuning, settings))
+    names = ", ".join(picture.name for picture in pictures)
+    console.print(f"  {settings.output}: base/ is the model, adapters/ what was trained, {names} the heatmap")
     console.print(f"  {time.perf_counter() - start:.0f} s in all, {peak_memory(device)}")
+    return {"before": before, **{arm.plan.name: arm.bits for arm in arms}}
 
 
 def make_output(directory: Path) -> Path:
@@ -111,14 +120,15 @@ def measure_costs(model: nn.Module, texts: DemoTexts, experiment: Experiment, se
         console.print(f"  a step of {batch.numel():,} tokens takes {times} threads; using {torch.get_num_threads()}")
     step = OPTIMIZER_SHARE * seconds_per_step(model, batch, balance)
     held_out = sum(len(text.tokens) for text in texts.tuning.held_out.values())
-    # The base model, each arm, one arm loaded again. A forward pass is a third of a step.
-    measuring = (len(experiment.plans) + 2) * held_out / batch.numel() * step / 3
+    # The base model, each arm, all but the first loaded again. A forward pass is a third of a step.
+    plans, controls = len(experiment.plans), len(experiment.controls)
+    measuring = (2 * plans + controls) * held_out / batch.numel() * step / 3
     arms = 0.0
     for plan in experiment.plans:
         trial = copy.deepcopy(model)
         plan.apply(trial, experiment.fine_tuning.steps, seed)
         arms += OPTIMIZER_SHARE * seconds_per_step(trial, batch[: texts.tuning.rows])
-    return Costs(step, arms, measuring)
+    return Costs(step, arms * (1 + controls / plans), measuring)
 
 
 def plan_pretraining(
@@ -129,7 +139,7 @@ def plan_pretraining(
     steps = costs.fit(*wanted, deadline - time.perf_counter())
     console.print(
         f"  predicted: {costs.total(*steps):.0f} s for {steps[0]} steps of pretraining, "
-        f"{len(experiment.plans)} x {steps[1]} of fine-tuning, and measuring"
+        f"{len(experiment.plans) + len(experiment.controls)} x {steps[1]} of fine-tuning, and measuring"
     )
     return cut("pretraining", experiment.pretraining, steps[0], settings, console)
 
@@ -166,8 +176,10 @@ def fine_tune(
     base: Path, texts: Texts, experiment: Experiment, recipe: Recipe, settings: DemoSettings, console: Console
 ) -> list[Arm]:
     """Each arm from the same weights, on the same batches."""
-    arms = []
-    for plan in experiment.plans:
+    arms: list[Arm] = []
+    plans: list[ArmPlan | ControlPlan] = [*experiment.plans, *experiment.controls]
+    for planned in plans:
+        plan = planned if isinstance(planned, ArmPlan) else planned(arms)
         model, _ = load_pretrained(base, pick_device(settings.device))
         arm = Arm.prepare(plan, recipe, model, settings.seed)
         arm.train(texts, settings.seed, console)
@@ -175,9 +187,20 @@ def fine_tune(
     return arms
 
 
+def check(arms: Sequence[Arm], base: Path, texts: Texts, settings: DemoSettings) -> dict[str, bool]:
+    """Whether budgets are equal, growth leaves the output alone, and the adapters come back as they were saved."""
+    checks = same_budget(arms)
+    for arm in arms[1:]:
+        if isinstance(arm.plan.method(arm.recipe.steps), DynamicRank):
+            model, _ = load_pretrained(base, arm.model.device)
+            checks |= growth_keeps_output(arm.plan, arm.recipe, model, texts, settings.seed)
+        checks |= save_and_reload(arm, base, texts, settings.output)
+    return checks
+
+
 def save_and_reload(arm: Arm, base: Path, texts: Texts, output: Path) -> dict[str, bool]:
     """Save the arm's adapters, and check them on a fresh copy of the base model."""
-    directory = output / "adapter"
+    directory = output / "adapters" / arm.plan.name
     arm.adapters.save(directory)
     model, _ = load_pretrained(base, arm.model.device)
     return comes_back(directory, arm.plan, arm.recipe.steps, model, texts, arm.bits)

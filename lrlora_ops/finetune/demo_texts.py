@@ -47,4 +47,5 @@ def read_texts(characters: int, held_out_characters: int, tuning_rows: int, cons
         for name, text in zip(names, texts, strict=True)
     }
     tokens, *tuning = (encode(tokenizer, sample(text.train, characters)).tokens for text in texts)
-    return DemoTexts(tokenizer, tokens, Texts([(stream, tuning_rows) for stream in tuning], held_out, SEQ_LEN))
+    streams = [(stream, tuning_rows) for stream in tuning]
+    return DemoTexts(tokenizer, tokens, Texts(streams, held_out, SEQ_LEN, forgotten=names[:1]))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
+from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 
+from lrlora_ops.expert_map import expert_heatmap, expert_panels
 from lrlora_ops.finetune.arm import Arm
 from lrlora_ops.finetune.progress import spread
 from lrlora_ops.report import heatmap, rank_table
@@ -16,8 +19,17 @@ from lrlora_ops.report import heatmap, rank_table
 
 def print_results(console: Console, before: dict[str, float], arms: Sequence[Arm]) -> None:
     """Bits per byte before and after each method, and what each took."""
-    table = Table(title="Held-out bits per byte (less is better)", title_justify="left", box=box.SIMPLE)
-    table.add_column("")
+    notes = ["MB held: adapters, their gradients and Adam's moments"]
+    if any(arm.expert_map for arm in arms):
+        notes.append("token-weighted rank: of the expert that a row of the texts trained on is sent to, in the mean")
+    table = Table(
+        title="Held-out bits per byte (less is better)",
+        title_justify="left",
+        caption="\n".join(notes),
+        caption_justify="left",
+        box=box.SIMPLE,
+    )
+    table.add_column("", no_wrap=True)
     for name in ("before", *(arm.plan.name for arm in arms)):
         table.add_column(name, justify="right")
     for text, bits in before.items():
@@ -27,27 +39,57 @@ def print_results(console: Console, before: dict[str, float], arms: Sequence[Arm
         "adapter parameters": [f"{arm.parameters:,}" for arm in arms],
         "sum of ranks": [f"{sum(arm.ranks):,}" for arm in arms],
         "rank min/avg/max": [spread(arm.ranks) for arm in arms],
+        "token-weighted rank": [f"{rank:.1f}" for arm in arms if (rank := token_weighted_rank(arm)) is not None],
         "training seconds": [f"{arm.seconds:.1f}" for arm in arms],
-        "adapters, gradients, Adam: MB": [f"{arm.held[0] / 1e6:.2f}" for arm in arms],
-        "the same at the end": [f"{arm.held[1] / 1e6:.2f}" for arm in arms],
+        "MB held at the start": [f"{arm.held[0] / 1e6:.2f}" for arm in arms],
+        "MB held at the end": [f"{arm.held[1] / 1e6:.2f}" for arm in arms],
     }
     if any(arm.gpu_bytes is not None for arm in arms):
         rows["GPU peak, MB"] = [f"{(arm.gpu_bytes or 0) / 1e6:,.0f}" for arm in arms]
     for name, cells in rows.items():
-        table.add_row(name, "", *cells)
+        if cells:
+            table.add_row(name, "", *cells)
     console.print(table)
+
+
+def token_weighted_rank(arm: Arm) -> float | None:
+    """The rank that a row of the texts that are trained on meets in the mean; None without adapted experts."""
+    experts = arm.expert_map
+    return statistics.fmean(map(experts.weighted_rank, experts.shares)) if experts else None
 
 
 def print_comparison(console: Console, baseline: Arm, others: Sequence[Arm]) -> None:
     """How far the others ended below the baseline, or above."""
     for arm in others:
-        gains = {text: bits - arm.bits[text] for text, bits in baseline.bits.items()}
-        parts = [f"{text} {abs(gain):.3f} {'better' if gain > 0 else 'worse'}" for text, gain in gains.items()]
+        parts = [f"{text} {compare(bits, arm.bits[text])}" for text, bits in baseline.bits.items()]
         line = f"{arm.plan.name} against {baseline.plan.name}, in bits per byte: {'; '.join(parts)}"
         console.print(line, highlight=False)
 
 
-def show_ranks(console: Console, arm: Arm, picture: Path) -> None:
-    """The ranks of every layer and module, as a table and as a picture."""
-    console.print(rank_table(arm.rank_by_layer, f"Ranks of {arm.plan.name}"))
-    heatmap(arm.rank_by_layer, picture, f"{arm.plan.name}: rank by layer and module")
+def compare(baseline: float, bits: float) -> str:
+    """``0.012 better``, ``0.012 worse`` or ``equal``, as the printed digits have it."""
+    gain = round(baseline, 3) - round(bits, 3)
+    return f"{abs(gain):.3f} {'better' if gain > 0 else 'worse'}" if abs(gain) > 5e-4 else "equal"
+
+
+def print_ranks(console: Console, arm: Arm) -> None:
+    """The ranks of every layer and module, and those of every expert beside what is routed to it."""
+    if arm.rank_by_layer:
+        console.print(rank_table(arm.rank_by_layer, f"Ranks of {arm.plan.name}"))
+    if arm.expert_map:
+        console.print(f"Experts of {arm.plan.name}", style="italic", highlight=False)
+        console.print(Columns(expert_panels(arm.expert_map), padding=(0, 3)))
+
+
+def draw_ranks(arms: Sequence[Arm], directory: Path) -> list[Path]:
+    """The same as pictures: ``ranks.png``, the last arm's layers and modules, and ``experts.png``, all arms' experts.
+
+    Returns:
+        What was written; a model without adapted experts, or without any other adapted layer, has one of them.
+    """
+    ranks, experts = directory / "ranks.png", directory / "experts.png"
+    if arms[-1].rank_by_layer:
+        heatmap(arms[-1].rank_by_layer, ranks, f"{arms[-1].plan.name}: rank by layer and module")
+    if maps := {arm.plan.name: own for arm in arms if (own := arm.expert_map)}:
+        expert_heatmap(maps, experts)
+    return [*([ranks] if arms[-1].rank_by_layer else []), *([experts] if maps else [])]

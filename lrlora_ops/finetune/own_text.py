@@ -17,11 +17,10 @@ from lrlora_ops.finetune.arm import Arm, ArmPlan, Texts
 from lrlora_ops.finetune.checks import comes_back, print_checks
 from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.machine import describe, peak_memory, pick_device
-from lrlora_ops.finetune.outcome import print_results, show_ranks
+from lrlora_ops.finetune.outcome import draw_ranks, print_ranks, print_results
 from lrlora_ops.finetune.pretrained import load_pretrained
 from lrlora_ops.finetune.tokens import encode
 from lrlora_ops.finetune.trainer import Recipe
-from lrlora_ops.report import rank_table
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def run_fine_tuning(settings: FineTuneSettings, console: Console) -> None:
     texts, bits = train_and_save(documents, settings, device, console)
     model, _ = load_pretrained(settings.model, device, settings.dtype)
     print_checks(console, comes_back(settings.output, settings.plan, settings.steps, model, texts, bits))
-    console.print(f"  {settings.output}: the adapter, ranks.txt, ranks.png; {peak_memory(device)}")
+    console.print(f"  {settings.output}: the adapter, its ranks as text and as pictures; {peak_memory(device)}")
 
 
 def train_and_save(
@@ -113,9 +112,10 @@ def train_and_save(
         raise
     arm.adapters.save(settings.output)
     print_results(console, before, [arm])
-    show_ranks(console, arm, settings.output / "ranks.png")
+    print_ranks(console, arm)
+    draw_ranks([arm], settings.output)
     with (settings.output / "ranks.txt").open("w") as file:
-        Console(file=file, width=200).print(rank_table(arm.rank_by_layer))
+        print_ranks(Console(file=file, width=200), arm)
     return texts, arm.bits
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,11 +122,11 @@ class DynamicRankPolicy:
     def __init__(self, method: DynamicRank, tables: Mapping[str, RankTable]) -> None:
         self.method, self.tables = method, dict(tables)
         self._check_tables()
-        by_shape: dict[tuple[int, ...], list[RankTable]] = {}
-        for table in self.tables.values():
+        by_shape: dict[tuple[int, ...], dict[str, RankTable]] = {}
+        for name, table in self.tables.items():
             shape = (table.num_projections, table.num_experts, table.max_rank, table.pool_size)
-            by_shape.setdefault(shape, []).append(table)
-        self.layers = [_Layers(alike) for alike in by_shape.values()]
+            by_shape.setdefault(shape, {})[name] = table
+        self.layers = [_Layers(alike, method.max_rank) for alike in by_shape.values()]
         self.t = 0
         self.frozen = method.initial_rank == method.target_rank
         self.total_steps = method.total_steps
@@ -206,14 +206,11 @@ class DynamicRankPolicy:
 
     def state_dict(self) -> dict[str, Any]:
         """The averages and the step; the ranks themselves are in the tables' own state dicts."""
-        tensors = {f"demand.{i}": layers.demand.clone() for i, layers in enumerate(self.layers)}
-        tensors |= {f"importance.{i}": layers.importance.clone() for i, layers in enumerate(self.layers)}
-        return tensors | {
-            "t": self.t,
-            "total_steps": self.total_steps or 0,
-            "frozen": self.frozen,
-            "tables": "\n".join(self.tables),
-        }
+        state: dict[str, Any] = {"t": self.t, "total_steps": self.total_steps or 0, "frozen": self.frozen}
+        for layers in self.layers:
+            for name, demand, importance in zip(layers.tables, layers.demand, layers.importance, strict=True):
+                state |= {f"demand.{name}": demand.clone(), f"importance.{name}": importance.clone()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``, bit for bit.
@@ -223,15 +220,14 @@ class DynamicRankPolicy:
         """
         own = self.state_dict()
         if state.keys() != own.keys() or any(
-            value.shape != state[key].shape if isinstance(value, Tensor) else key == "tables" and value != state[key]
-            for key, value in own.items()
+            value.shape != state[key].shape for key, value in own.items() if isinstance(value, Tensor)
         ):
             raise ValueError(
                 "this state of DynamicRank is of other adapters; apply the method to the same targets of the same model"
             )
-        for i, layers in enumerate(self.layers):
-            layers.demand = state[f"demand.{i}"].to(layers.device, copy=True)
-            layers.importance = state[f"importance.{i}"].to(layers.device, copy=True)
+        for layers in self.layers:
+            layers.demand = torch.stack([state[f"demand.{name}"] for name in layers.tables])
+            layers.importance = torch.stack([state[f"importance.{name}"] for name in layers.tables])
         self.t, self.frozen = int(state["t"]), bool(state["frozen"])
         self.total_steps = int(state["total_steps"]) or self.total_steps
 
@@ -244,18 +240,18 @@ class _Layers:
         importance: fp64 ``[L, P, E, max_rank]``, g by place within the expert; zero beyond its rank.
     """
 
-    def __init__(self, tables: Sequence[RankTable]) -> None:
-        self.tables = tables
-        shape = (len(tables), tables[0].num_projections, tables[0].num_experts, tables[0].max_rank)
+    def __init__(self, tables: Mapping[str, RankTable], max_rank: int) -> None:
+        self.tables, self.first = tables, next(iter(tables.values()))
+        shape = (len(tables), self.first.num_projections, self.first.num_experts, max_rank)
         self.importance = torch.zeros(shape, dtype=torch.float64, device=self.device)
         self.demand = self.importance.new_zeros(shape[0], shape[2])
 
     @property
     def device(self) -> torch.device:
-        return self.tables[0].gate.device
+        return self.first.gate.device
 
     def _read(self, attribute: Callable[[RankTable], Tensor]) -> Tensor:
-        return torch.stack([attribute(table).detach().to(self.device) for table in self.tables])
+        return torch.stack([attribute(table).detach().to(self.device) for table in self.tables.values()])
 
     def accumulate(self, method: DynamicRank) -> None:
         """Update both averages; what is not finite, as in fp16 steps that are skipped, tells nothing."""
@@ -267,7 +263,7 @@ class _Layers:
         self.demand = method.decay * demand + arrived
 
         num_layers, num_projections, _, max_rank = importance.shape
-        components = self._read(lambda table: table.components).long().view(num_layers, 1, -1)
+        components = self._read(lambda table: table.components[:, :max_rank]).long().view(num_layers, 1, -1)
         c = self._read(lambda table: table.sensitivity).double().view(num_layers, num_projections, -1)
         saliency = c.gather(2, components.expand(-1, num_projections, -1)).abs().view_as(importance)
         live = torch.arange(max_rank, device=self.device) < self._read(lambda table: table.ranks)[..., None]
@@ -278,7 +274,7 @@ class _Layers:
     def grow(self, method: DynamicRank, growths: int, left: int) -> None:
         """Hand out the components of one growth; ``left`` of ``growths`` are to come, this one included."""
         ranks = self._read(lambda table: table.ranks).long()
-        order = self._scores(method, ranks).argsort(dim=-1, descending=True, stable=False)
+        order = self._scores(method, ranks).argsort(dim=-1, descending=True, stable=True)
         room = (method.max_rank - ranks).clamp(min=0)
         now = room.clamp(max=method.cap)
         quota = self._quota(method, ranks, growths, left)
@@ -292,7 +288,7 @@ class _Layers:
             quota = quota - needed
         grown = grown + _hand_out(quota, now - grown, order)
         # No expert ever shrinks, so a free row was never live: its lora_B is zero still, and the output stays.
-        for table, new in zip(self.tables, (ranks + grown).unbind(), strict=True):
+        for table, new in zip(self.tables.values(), (ranks + grown).unbind(), strict=True):
             table.update(new.to(table.ranks.device))
         self.importance = self.importance * (grown.sum(-1) == 0)[:, None, None, None]
 
@@ -316,7 +312,7 @@ class _Layers:
         if method.score == "saliency":
             return importance
         # Looked up, for a vectorised pow may round equal numbers apart, and then they would not tie.
-        sizes = torch.arange(1, self.importance.shape[-1] + 2, device=self.device).double().pow(method.gamma)
+        sizes = torch.arange(1, self.first.max_rank + 2, device=self.device).double().pow(method.gamma)
         return _share(self.demand) * importance / sizes[ranks]
 
 

@@ -161,6 +161,15 @@ def set_ranks(adapters: Iterable[RankAdapter], table: RankTable, ranks: Sequence
             pool.lora_B[born] = 0.0
 
 
+@torch.no_grad()
+def silence_dead(adapters: Iterable[RankAdapter]) -> None:
+    """``b = 0`` in the components that are not live: whichever a method makes live later changes no output."""
+    for adapter in adapters:
+        dead = ~adapter.table.live_rows()
+        for pool in adapter.pools().values():
+            pool.lora_B.masked_fill_(dead[:, None], 0.0)
+
+
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever the model holds ``old``, also where a layer is shared."""
     for parent in list(model.modules()):

@@ -41,7 +41,7 @@ def expert_projections(experts: Any) -> tuple[str, str]:
     return names
 
 
-def attach(experts: Any, adapter: nn.Module) -> None:
+def attach(experts: Any, adapter: Any) -> None:
     """Make the adapter a child of the experts, and send their forward through it.
 
     The experts get a config of their own: no setting of the model's can switch the adapter off.
@@ -49,7 +49,7 @@ def attach(experts: Any, adapter: nn.Module) -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-    adapter.base_config = experts.config  # type: ignore[assignment]
+    adapter.base_config = experts.config
     experts.add_module(CHILD, adapter)
     experts.config = copy.copy(experts.config)
     experts.config._experts_implementation_internal = NAME

@@ -13,7 +13,7 @@ from lrlora_ops.ops import grouped_lora_linear
 from lrlora_ops.rank_table import RankTable
 
 
-class VariableRankLoRAGroupedLinear(ComponentPool, RankAdapter):
+class VariableRankLoRAGroupedLinear(RankAdapter, ComponentPool):
     """``y[i] = W[e] x[i] + bias[e] + scaling * sum over components j of expert e: <x[i], a_j> b_j``, e = e_i.
 
     For Mixture-of-Experts layers that people write themselves; W and bias are frozen. The projections of an expert
@@ -109,7 +109,7 @@ class VariableRankLoRAGroupedLinear(ComponentPool, RankAdapter):
 
     def forward(self, x: Tensor, group_offsets: Tensor) -> Tensor:
         """``[L, K] -> [L, N]`` for rows sorted by expert; ``group_offsets`` int32 ``[E + 1]`` as in ``Routing``."""
-        ranks, gates = self.running()
+        ranks, gates = self.running()  # type: ignore[operator]
         return grouped_lora_linear(
             x,
             self.lora_A,
@@ -132,8 +132,13 @@ class VariableRankLoRAGroupedLinear(ComponentPool, RankAdapter):
     def merge(self) -> VariableRankLoRAGroupedLinear:
         """The same layer with the updates in its weight, and no components."""
         merged = VariableRankLoRAGroupedLinear(
-            *(self.table.num_experts, self.in_features, self.out_features, self.bias is not None),
-            **{"max_rank": 0, "rank": 0, "device": "meta"},
+            self.table.num_experts,
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            max_rank=0,
+            rank=0,
+            device="meta",
         )
         weight = self.weight.clone()
         for expert in range(self.table.num_experts):

@@ -16,7 +16,7 @@ from lrlora_ops.rank_table import RankTable
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-class VariableRankLoRALinear(ComponentPool, RankAdapter):
+class VariableRankLoRALinear(RankAdapter, ComponentPool):
     """``y = x W^T + bias + scaling * sum_{j < rank} <x, a_j> b_j`` with W and bias frozen.
 
     ``lora_A`` starts uniform in ``+-1/sqrt(in_features)`` (PEFT's), ``lora_B`` at zero, so that a new adapter
@@ -146,7 +146,7 @@ class VariableRankLoRALinear(ComponentPool, RankAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K] -> [..., N]``. In training mode a method's sampled ranks and probes apply."""
-        ranks, (gate,) = self.running()
+        ranks, (gate,) = self.running()  # type: ignore[operator]
         return lora_linear(
             x,
             self.lora_A,

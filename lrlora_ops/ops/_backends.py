@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._library.custom_ops import CustomOpDef
 
 from lrlora_ops import eager
 
@@ -47,9 +49,19 @@ def _require_triton(device: torch.device) -> None:
         )
 
 
-def primitives(backend: str) -> ModuleType:
-    """The module that holds the primitives of a backend."""
-    return _PRIMITIVES[backend]
+def _without_dispatch(module: ModuleType) -> SimpleNamespace:
+    """The functions inside a module's custom ops, whose dispatch takes longer than the products of a small layer."""
+    ops = {name: op for name, op in vars(module).items() if isinstance(op, CustomOpDef)}
+    return SimpleNamespace(**{name: getattr(op, "_init_fn", op) for name, op in ops.items()})
+
+
+_FUNCTIONS = {backend: _without_dispatch(module) for backend, module in _PRIMITIVES.items()}
+
+
+def primitives(backend: str, x: Tensor) -> Any:
+    """The primitives of a backend for tensors like x: custom ops while they are traced, else the functions inside."""
+    traced = torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.is_meta
+    return _PRIMITIVES[backend] if traced else _FUNCTIONS[backend]
 
 
 def dense_product(
@@ -60,5 +72,6 @@ def dense_product(
     PyTorch's own product, but for half precision on a CPU without instructions for it, which PyTorch emulates.
     """
     if backend == "eager" and eager.widens(x):
-        return eager.grouped_gemm(x, weight[None], None if bias is None else bias[None], transposed)
+        product = primitives(backend, x).grouped_gemm
+        return product(x, weight[None], None if bias is None else bias[None], transposed)
     return x @ weight if transposed else F.linear(x, weight, bias)

@@ -19,7 +19,7 @@ class _CountDemand(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         group_offsets, row_weights = ctx.saved_tensors
         counts = group_offsets.diff()
         if row_weights is None:

@@ -50,7 +50,7 @@ class GroupedLoRALinearFunction(torch.autograd.Function):
         scaling: float,
         backend: str,
     ) -> Tensor:
-        ops, source = primitives(backend), token_index if gathers else None
+        ops, source = primitives(backend, x), token_index if gathers else None
         u = ops.shrink(x, lora_A, ranks, components.shape[1], components, group_offsets, source)
         if weight is None:
             y = ops.expand(u, lora_B, ranks, scaling, gate, components, group_offsets, base)
@@ -85,7 +85,7 @@ class GroupedLoRALinearFunction(torch.autograd.Function):
         u: Tensor,
     ) -> tuple[Tensor | None, ...]:
         needs_x, needs_a, needs_b, needs_gate, needs_base, needs_route = ctx.needs_input_grad[:6]
-        ops, scaling, owners = primitives(ctx.backend), ctx.scaling, (components, group_offsets)
+        ops, scaling, owners = primitives(ctx.backend, x), ctx.scaling, (components, group_offsets)
         x_source, dy_source = (token_index if ctx.gathers else None), (None if route_weights is None else token_index)
         row_weights = None if route_weights is None else route_weights.flatten()[row_order]
         d_x = d_a = d_b = d_gate = d_route = None
@@ -98,20 +98,16 @@ class GroupedLoRALinearFunction(torch.autograd.Function):
             d_a = ops.gram(v_weighted, x, ranks, lora_A.shape[0], scaling, lora_A.dtype, gate, *owners, x_source)
         if needs_x or needs_route:
             if weight is None:
-                d_x = x.new_zeros(u.shape[0], x.shape[1])
+                d_rows = x.new_zeros(u.shape[0], x.shape[1])
             else:
-                d_x = ops.grouped_gemm(dy_lora, weight, None, not ctx.transposed, group_offsets, dy_source)
-            ops.expand_(d_x, v, lora_A, ranks, scaling, gate, *owners)
-        if needs_route:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            inner = (d_x * (x if x_source is None else x[x_source])).sum(1, dtype=wide)
-            if bias is not None:
-                inner += _bias_products(dy_lora, bias, group_offsets, token_index)
-            d_route = inner[row_position].to(route_weights.dtype)
-        if needs_x:
-            d_x = d_x if row_weights is None else d_x.mul_(row_weights[:, None])
-            d_x = ops.combine(d_x, row_position) if ctx.gathers else d_x
-        d_base = dy * _belongs(group_offsets, dy.shape[0])[:, None] if needs_base else None
+                d_rows = ops.grouped_gemm(dy_lora, weight, None, not ctx.transposed, group_offsets, dy_source)
+            ops.expand_(d_rows, v, lora_A, ranks, scaling, gate, *owners)
+            if row_weights is not None:
+                inner = _inner_products(d_rows, x, x_source) + _bias_products(dy_lora, bias, group_offsets, dy_source)
+                d_route = inner[row_position].to(row_weights.dtype)
+                d_rows.mul_(row_weights[:, None])
+            d_x = ops.combine(d_rows, row_position) if ctx.gathers else d_rows
+        d_base = dy.masked_fill(_of_no_expert(group_offsets, dy.shape[0])[:, None], 0.0) if needs_base else None
         return (
             *(d_x if needs_x else None, d_a, d_b if needs_b else None, d_gate if needs_gate else None),
             *(d_base, d_route, *[None] * 12),
@@ -122,17 +118,27 @@ def _weighted(u: Tensor, row_weights: Tensor | None) -> Tensor:
     return u if row_weights is None else (u * row_weights[:, None]).to(u.dtype)
 
 
-def _belongs(group_offsets: Tensor, num_rows: int) -> Tensor:
-    """bool ``[L]``: which rows belong to an expert."""
-    return torch.arange(num_rows, device=group_offsets.device) < group_offsets[-1]
+def _of_no_expert(group_offsets: Tensor, num_rows: int) -> Tensor:
+    """bool ``[L]``: which rows belong to no expert."""
+    return torch.arange(num_rows, device=group_offsets.device) >= group_offsets[-1]
 
 
-def _bias_products(dy: Tensor, bias: Tensor, group_offsets: Tensor, token_index: Tensor) -> Tensor:
+def _inner_products(d_rows: Tensor, x: Tensor, source: Tensor | None) -> Tensor:
+    """``[L]``: ``<x[i], d_rows[i]>`` in fp32 or wider."""
+    return (d_rows * (x if source is None else x[source])).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _bias_products(
+    dy: Tensor, bias: Tensor | None, group_offsets: Tensor, token_index: Tensor | None
+) -> Tensor | float:
     """``[L]``: ``<bias[e_i], dy[token of row i]>``, 0 for rows of no expert."""
-    num_experts, rows = bias.shape[0], torch.arange(token_index.shape[0], device=dy.device, dtype=torch.int32)
+    if bias is None or token_index is None:
+        return 0.0
+    num_experts, num_rows = bias.shape[0], token_index.shape[0]
+    rows = torch.arange(num_rows, device=dy.device, dtype=torch.int32)
     expert = torch.searchsorted(group_offsets[1:], rows, right=True).clamp(max=num_experts - 1)
     products = (dy @ bias.t())[token_index, expert]
-    return products * _belongs(group_offsets, len(rows))
+    return products.masked_fill(_of_no_expert(group_offsets, num_rows), 0.0)
 
 
 def grouped_lora_linear(
@@ -190,7 +196,11 @@ def grouped_lora_linear(
     if backend == "reference":
         y = grouped_lora_linear_reference(
             *(x, lora_A, lora_B, group_offsets, table),
-            **{"gate": gate, "scaling": scaling, "weight": weight, "bias": bias, "base": base},
+            gate=gate,
+            scaling=scaling,
+            weight=weight,
+            bias=bias,
+            base=base,
             transposed=transposed,
             ranks=ranks,
         )

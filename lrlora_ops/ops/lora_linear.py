@@ -34,7 +34,7 @@ class LoRALinearFunction(torch.autograd.Function):
         scaling: float,
         backend: str,
     ) -> Tensor:
-        ops = primitives(backend)
+        ops = primitives(backend, x)
         x_dropped = x if seed is None else ops.dropout(x, seed, dropout)
         u = ops.shrink(x_dropped, lora_A, ranks, lora_A.shape[0])
         if weight is None:
@@ -61,7 +61,7 @@ class LoRALinearFunction(torch.autograd.Function):
         u: Tensor,
     ) -> tuple[Tensor | None, ...]:
         needs_x, needs_a, needs_b, needs_gate, needs_base = ctx.needs_input_grad[:5]
-        ops, scaling = primitives(ctx.backend), ctx.scaling
+        ops, scaling = primitives(ctx.backend, x), ctx.scaling
         d_x = d_a = d_b = d_gate = None
         dy_lora = dy.to(x.dtype)
         if needs_b or needs_gate:

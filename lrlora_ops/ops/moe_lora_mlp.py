@@ -93,7 +93,12 @@ def moe_lora_mlp(
     routing = Routing.from_topk(top_k_index, table.num_experts)
 
     def project(
-        rows: Tensor, linear: ExpertLinear, weight: Tensor, bias: Tensor | None, weights: Tensor | None, gathers: bool
+        rows: Tensor,
+        linear: ExpertLinear,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        weights: Tensor | None,
+        gathers: bool,
     ) -> Tensor:
         _checks.check_expert_adapter(
             rows, linear.lora_A, linear.lora_B, table, linear.gate, ranks, weight, bias, linear.transposed

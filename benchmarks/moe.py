@@ -1,0 +1,104 @@
+"""The experts of a Mixture-of-Experts layer with adapters: the cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.floors import Cost, experts_base_cost, experts_lora_cost
+from benchmarks.moe_providers import BUILDERS, ExpertsOracle, ExpertsProblem
+from benchmarks.providers import FORWARD_BACKWARD, Provider
+from benchmarks.race import DTYPES
+from benchmarks.shapes import ExpertsShape, mixtral, olmoe, qwen3
+
+MEAN = 16
+
+
+def uniform(experts: int) -> list[int]:
+    """Every expert has the mean rank."""
+    return [MEAN] * experts
+
+
+def bimodal(experts: int) -> list[int]:
+    """One expert in five has rank 64, the others 4: mean 16."""
+    return [64 if expert % 5 == 0 else 4 for expert in range(experts)]
+
+
+def zipf(experts: int) -> list[int]:
+    """Expert i has a share of 1 / (i + 1) of the budget, at most 256; what rounding leaves goes to the first."""
+    budget, total = MEAN * experts, sum(1 / (i + 1) for i in range(experts))
+    return [min(int(budget / (i + 1) / total), 256) for i in range(experts)]
+
+
+def one(experts: int) -> list[int]:
+    """One expert has rank 256, the others none."""
+    return [256] + [0] * (experts - 1)
+
+
+RANKS: dict[str, Callable[[int], list[int]]] = {"uniform": uniform, "bimodal": bimodal, "zipf": zipf, "one": one}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer, dtype and distribution of ranks, by its name in ``RANKS``."""
+
+    shape: ExpertsShape
+    dtype: torch.dtype
+    ranks: str
+    peers: tuple[str, ...]
+    effort: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.layer} {DTYPES[self.dtype]}"
+
+    @property
+    def id(self) -> str:
+        """A name without spaces, for ``pytest -k``."""
+        return f"{self}".replace(" ", "-").replace(",", "")
+
+    @property
+    def layer(self) -> str:
+        return f"{self.shape}, {self.ranks} ranks"
+
+    @property
+    def max_rank(self) -> int:
+        return max(RANKS[self.ranks](self.shape.num_experts))
+
+    def contenders(self) -> dict[str, tuple[str, int]]:
+        """Name in the report -> (builder, mean rank)."""
+        return {name: (name, 0 if name.startswith("base") else MEAN) for name in ("base", "lrlora", *self.peers)}
+
+    def prepare(self, device: torch.device) -> tuple[Callable[[str, int], Provider], Callable[[Provider], None]]:
+        """The providers of one random problem, and its oracle."""
+        problem = ExpertsProblem.random(self.shape, self.dtype, RANKS[self.ranks](self.shape.num_experts), device)
+        return lambda builder, _: BUILDERS[builder](problem), ExpertsOracle(problem).check
+
+    def work(self, rank: int, mode: str) -> Cost:
+        """What has to be done: the base layer's work for rank 0, else that of the mean rank in every expert."""
+        size, backward = self.dtype.itemsize, mode == FORWARD_BACKWARD
+        if rank == 0:
+            return experts_base_cost(self.shape, size, backward=backward)
+        return experts_lora_cost(self.shape, MEAN, size, size, backward=backward)
+
+
+def cases(device: torch.device, quick: bool = False) -> list[Case]:
+    """All cases for a device, the main ones first; or a tiny one that shows that the suite runs."""
+    if quick:
+        tiny = ExpertsShape("tiny", 40, 6, 2, 24, 16)
+        return [Case(tiny, torch.float32, "uniform", ("PEFT", "base, eager"), 0.05)]
+    peers = ("base, eager", "PEFT")
+    if device.type == "cuda":
+        layers = [make(tokens) for tokens in (4096, 8192, 32768) for make in (olmoe, qwen3, mixtral)]
+        selected = [Case(layer, torch.bfloat16, "uniform", ("PEFT",)) for layer in layers]
+        return selected + [Case(olmoe(8192), torch.bfloat16, ranks, ("lrlora, padded",)) for ranks in list(RANKS)[1:]]
+    selected = [Case(make(1024), dtype, "uniform", peers) for make in (olmoe, qwen3) for dtype in DTYPES_ON_CPU]
+    selected += [Case(olmoe(1024), torch.float32, ranks, ("lrlora, padded",)) for ranks in ("bimodal", "zipf")]
+    selected += [Case(olmoe(1024), torch.float32, "one", ())]
+    selected += [Case(olmoe(tokens), torch.float32, "uniform", peers) for tokens in (256, 4096)]
+    by_experts = [ExpertsShape("sweep", 512, experts, 8, 1024, 512) for experts in (8, 32, 128, 256)]
+    return selected + [Case(shape, torch.float32, "uniform", (), 0.5) for shape in by_experts]
+
+
+DTYPES_ON_CPU = (torch.float32, torch.bfloat16)
