@@ -83,7 +83,7 @@ def lrlora(context: typer.Context) -> None:
 def demo(
     context: typer.Context,
     dense: Annotated[bool, typer.Option("--dense", help="A model without experts: fixed or learned ranks.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="No step is cut; controls; seeds 0, 1, 2. Takes long.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Uncut steps, control arms, and seeds 0, 1 and 2.")] = False,
     seeds: Annotated[
         list[int] | None, typer.Option(metavar="SEED...", help="Each a run of its own; default 0.")
     ] = None,

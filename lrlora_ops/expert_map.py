@@ -58,13 +58,13 @@ class ExpertMap:
     def panels(self) -> dict[str, list[list[float]]]:
         """Titles and numbers: ranks, then percent of the rows of each text."""
         percent = {
-            f"% of rows, {text}: mean rank {self.weighted_rank(text):.1f}": [
+            f"% of rows, {text}, token-weighted rank {self.weighted_rank(text):.1f}": [
                 [100 * share for share in layer] for layer in shares
             ]
             for text, shares in self.shares.items()
         }
         mean = sum(map(sum, self.ranks)) / sum(map(len, self.ranks))
-        return {f"rank: mean {mean:.1f}": [list(map(float, layer)) for layer in self.ranks], **percent}
+        return {f"rank, mean {mean:.1f}": [list(map(float, layer)) for layer in self.ranks], **percent}
 
 
 def expert_panels(experts: ExpertMap) -> list[Text]:

@@ -1,15 +1,19 @@
 """What fine-tuning from the command line is built of: measuring, batches, planning."""
 
+import copy
 import math
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lrlora_ops import FixedRank, apply_lora
 from lrlora_ops.finetune import speed
 from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.evaluate import bits_per_byte
-from lrlora_ops.finetune.experiments import dense, mixture_of_experts
+from lrlora_ops.finetune.experiments import dense, growing_ranks, mixture_of_experts
+from lrlora_ops.finetune.outcome import compare
+from lrlora_ops.finetune.routing import routing_shares
 from lrlora_ops.finetune.tokens import EncodedText, batches, encode, sample, train_tokenizer
 from lrlora_ops.finetune.trainer import Recipe, batch_loss, train
 
@@ -111,14 +115,59 @@ def test_a_loss_that_is_not_finite_stops_the_training(model):
 
 
 def test_the_demos_models_are_as_large_as_documented():
-    sizes = [AutoModelForCausalLM.from_config(e.config).num_parameters() for e in (dense(0), mixture_of_experts(()))]
+    sizes = [AutoModelForCausalLM.from_config(e.config).num_parameters() for e in (dense(0), mixture_of_experts(0))]
     assert [round(size / 1e6, 1) for size in sizes] == [1.0, 2.8]
+
+
+@pytest.mark.parametrize(
+    "steps, growths",
+    [(200, range(10, 71, 8)), (1000, range(50, 351, 40)), (100, range(5, 36, 4)), (10, range(1, 4))],
+)
+def test_growth_is_at_the_same_fractions_of_any_run(steps, growths):
+    """Of 200 steps, the recipe's: every 8 from step 10 to 70. The steps at which ranks change are counted here."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(mixture_of_experts(0).config)
+    adapters = apply_lora(model, growing_ranks(steps), "experts")
+    sums = [4 * 16 * 4]
+    for _ in range(steps):
+        adapters.step()
+        sums.append(sum(int(ranks.sum()) for ranks in adapters.ranks().values()))
+    assert [step for step in range(steps) if sums[step + 1] > sums[step]] == list(growths)
+    assert sums[-1] == 4 * 16 * 8
+    assert growing_ranks(steps).cap == 5
+
+
+def test_routing_shares_count_every_row_of_every_expert():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(mixture_of_experts(0).config)
+    adapters = apply_lora(model, FixedRank(2), "experts")
+    tokens = torch.randint(1024, (37,))
+    shares = routing_shares(model, adapters, {"text": EncodedText(tokens, 37)}, seq_len=16, batch_size=1)
+    with torch.no_grad():
+        logits = model(input_ids=tokens[:32].view(2, 16), output_router_logits=True).router_logits
+    for share, layer in zip(shares["text"].values(), logits, strict=True):
+        rows = torch.bincount(layer.topk(2).indices.flatten(), minlength=16)
+        assert torch.equal(share, rows.double() / 64)
+    assert not any(module._forward_pre_hooks for module in adapters.modules.values())
+
+
+def test_a_model_without_adapted_experts_has_no_routing(model):
+    adapters = apply_lora(copy.deepcopy(model), FixedRank(2), "q_proj")
+    assert routing_shares(model, adapters, {"text": EncodedText(torch.arange(9), 9)}, 4, 1) == {}
+
+
+@pytest.mark.parametrize(
+    "baseline, bits, words",
+    [(2.5, 2.4, "0.100 better"), (2.4, 2.5, "0.100 worse"), (2.5001, 2.4999, "equal"), (2.5, 2.499, "0.001 better")],
+)
+def test_comparisons_say_what_the_printed_digits_say(baseline, bits, words):
+    assert compare(baseline, bits) == words
 
 
 def test_the_balance_loss_is_that_of_each_layer_alone():
     """E * sum over experts of (share of the rows) * (mean probability), from the Switch Transformer, per layer."""
     torch.manual_seed(0)
-    experiment = mixture_of_experts(())
+    experiment = mixture_of_experts(0)
     model = AutoModelForCausalLM.from_config(experiment.config)
     with torch.no_grad():  # layers that are unbalanced, and each in its own way
         for layer in model.model.layers:
@@ -142,7 +191,7 @@ def test_training_follows_the_balance_of_its_recipe():
     first = []
     for balance in (0.0, 1.0):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(mixture_of_experts(()).config)
+        model = AutoModelForCausalLM.from_config(mixture_of_experts(0).config)
         batch = torch.randint(1024, (2, 16), generator=torch.Generator().manual_seed(0))
         expected = batch_loss(model, batch, balance).item()
         losses: list[float] = []

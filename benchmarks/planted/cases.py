@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from benchmarks.planted.networks import MAX_RANK, Block, MixtureOfExperts
 
 FEATURES, VOCABULARY = 64, 4096
+DENSE_ROWS = 128  # of a training batch
+MOE_ROWS = 512  # the least popular of 16 experts gets 9 of them
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def move(weight: Tensor, update: Tensor) -> None:
 def dense(seed: int, ranks: Sequence[int] = (0, 1, 2, 4, 8, 16) * 2) -> Case:
     """Residual blocks of two layers of 64 x 64 each; updates of these ranks in random order."""
     student, teacher, planted = _dense(seed, ranks, low_rank)
-    return Case(student, teacher, planted, rows=128)
+    return Case(student, teacher, planted, DENSE_ROWS)
 
 
 def dense_power_law(
@@ -73,7 +75,7 @@ def dense_power_law(
 ) -> Case:
     """The same network with updates of full rank; planted is where truncating them loses least in all."""
     student, teacher, chosen = _dense(seed, exponents, power_law)
-    return Case(student, teacher, _truncate(chosen, torch.ones(len(exponents)), budget), rows=128)
+    return Case(student, teacher, _truncate(chosen, torch.ones(len(exponents)), budget), DENSE_ROWS)
 
 
 def moe(seed: int, ranks: Sequence[int] = (0, 1, 2, 4, 8, 16) * 2 + (1, 2, 4, 8)) -> Case:
@@ -91,7 +93,6 @@ def moe_power_law(
     return Case(student, teacher, _truncate(chosen, importance, budget), MOE_ROWS, VOCABULARY)
 
 
-MOE_ROWS = 512  # the least popular of 16 experts gets 9 of them
 CASES: dict[str, Callable[[int], Case]] = {
     "dense": dense,
     "dense-powerlaw": dense_power_law,

@@ -12,7 +12,7 @@ from lrlora_ops import Adapters
 from lrlora_ops.finetune.tokens import EncodedText
 from lrlora_ops.modules import VariableRankLoRAExperts
 
-MOST_WINDOWS = 64
+MOST_WINDOWS = 32
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def routing_shares(
 ) -> dict[str, dict[str, Tensor]]:
     """The share of a text's rows that each expert gets, by text and by adapter of experts.
 
-    A token counts once for each expert that it visits. Read are the first windows of ``seq_len`` tokens, 64 at most.
+    A token counts once for each expert that it visits. Read are the first windows of ``seq_len`` tokens, 32 at most.
 
     Returns:
         fp64 ``[E]`` with a sum of 1, on the host; nothing at all for a model without adapted experts.

@@ -51,8 +51,7 @@ def attach(experts: Any, adapter: Any) -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     adapter.base_config = experts.config
     experts.add_module(CHILD, adapter)
-    experts.config = copy.copy(experts.config)
-    experts.config._experts_implementation_internal = NAME
+    experts.config = _with_implementation(experts.config, NAME)
 
 
 def detach(experts: Any, original: Any) -> Any:
@@ -63,13 +62,19 @@ def detach(experts: Any, original: Any) -> Any:
 
 
 @contextmanager
-def without_adapter(experts: Any) -> Iterator[None]:
-    """The experts run as transformers would run them."""
-    own, experts.config = experts.config, experts.lrlora.base_config
+def plain_forward(experts: Any) -> Iterator[None]:
+    """The experts run without their adapter, in transformers' own loop over experts: it takes every dtype and size."""
+    own, experts.config = experts.config, _with_implementation(experts.config, "eager")
     try:
         yield
     finally:
         experts.config = own
+
+
+def _with_implementation(config: Any, implementation: str) -> Any:
+    own = copy.copy(config)
+    own._experts_implementation_internal = implementation
+    return own
 
 
 def experts_forward(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrlora_ops.modules._interface import without_adapter
+from lrlora_ops.modules._interface import plain_forward
 from lrlora_ops.ops._autocast import without_autocast
 
 
@@ -47,9 +47,9 @@ def check_merged_experts(experts: Any, merged: Any) -> None:
     index = torch.arange(num_experts, device=weight.device).repeat(2)[:, None]
     ones = torch.ones_like(index, dtype=weight.dtype)
     with _evaluating(experts, merged), without_autocast(weight.device):
-        actual, expected = (module(tokens, index, ones).double() for module in (merged, experts))
-        with without_adapter(experts):
-            base = experts(tokens, index, ones).double()
+        expected = experts(tokens, index, ones).double()
+        with plain_forward(experts), plain_forward(merged):
+            actual, base = (module(tokens, index, ones).double() for module in (merged, experts))
     _compare(actual, expected, weight, (expected - base).norm())
 
 

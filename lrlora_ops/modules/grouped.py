@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrlora_ops.modules._adapter import ComponentPool, RankAdapter, set_ranks
-from lrlora_ops.ops import grouped_lora_linear
+from lrlora_ops.ops.grouped_lora_linear import grouped_lora_linear
 from lrlora_ops.rank_table import RankTable
 
 
@@ -109,7 +109,7 @@ class VariableRankLoRAGroupedLinear(RankAdapter, ComponentPool):
 
     def forward(self, x: Tensor, group_offsets: Tensor) -> Tensor:
         """``[L, K] -> [L, N]`` for rows sorted by expert; ``group_offsets`` int32 ``[E + 1]`` as in ``Routing``."""
-        ranks, gates = self.running()  # type: ignore[operator]
+        ranks, gates = self.running()
         return grouped_lora_linear(
             x,
             self.lora_A,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lrlora_ops.modules._adapter import ComponentPool, RankAdapter
 from lrlora_ops.modules._merge import check_merge
-from lrlora_ops.ops import lora_linear
+from lrlora_ops.ops.lora_linear import lora_linear
 from lrlora_ops.rank_table import RankTable
 
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -146,7 +146,7 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K] -> [..., N]``. In training mode a method's sampled ranks and probes apply."""
-        ranks, (gate,) = self.running()  # type: ignore[operator]
+        ranks, (gate,) = self.running()
         return lora_linear(
             x,
             self.lora_A,
