@@ -13,10 +13,10 @@ half precision is widened to fp32 on the way where the CPU has no instructions f
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _SEGMENT = 16
@@ -37,16 +37,41 @@ def _segments(rank: int, max_rank: int) -> Iterator[tuple[int, int]]:
         low, high = high, min(2 * high, max_rank)
 
 
-def _experts(
-    ranks: Tensor, max_rank: int, group_offsets: Tensor | None, num_rows: int
-) -> Iterator[tuple[int, slice, int]]:
-    """(expert, its rows, its rank) for each expert that has both."""
+@dataclass(frozen=True)
+class _Expert:
+    """An expert that has rows and components.
+
+    ``live`` is where its components are among those of all such experts, ``padded`` the same with each expert's
+    last segment filled up.
+    """
+
+    index: int
+    rows: slice
+    rank: int
+    live: slice
+    padded: slice
+
+    def segments(self, max_rank: int, padded_rows: Tensor) -> list[tuple[slice, Tensor]]:
+        """(rank slots, their pool rows) by segment."""
+        first = self.padded.start
+        return [
+            (slice(low, high), padded_rows[first + low : first + high]) for low, high in _segments(self.rank, max_rank)
+        ]
+
+
+def _experts(ranks: Tensor, max_rank: int, group_offsets: Tensor | None, num_rows: int) -> list[_Expert]:
+    """The experts that have work to do."""
     offsets = [0, num_rows] if group_offsets is None else group_offsets.tolist()
-    for expert, rank in enumerate(ranks.tolist()):
+    experts: list[_Expert] = []
+    live = padded = 0
+    for index, rank in enumerate(ranks.tolist()):
         if not 0 <= rank <= max_rank:
-            raise ValueError(f"the rank of expert {expert} is {rank}; it must be from 0 to {max_rank}, the capacity")
-        if rank and offsets[expert + 1] > offsets[expert]:
-            yield expert, slice(offsets[expert], offsets[expert + 1]), rank
+            raise ValueError(f"the rank of expert {index} is {rank}; it must be from 0 to {max_rank}, the capacity")
+        if rank and offsets[index + 1] > offsets[index]:
+            rows, width = slice(offsets[index], offsets[index + 1]), [*_segments(rank, max_rank)][-1][1]
+            experts.append(_Expert(index, rows, rank, slice(live, live + rank), slice(padded, padded + width)))
+            live, padded = live + rank, padded + width
+    return experts
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -74,28 +99,29 @@ def _row_blocks(
         yield block, buffer[: x_rows.shape[0]].copy_(x_rows) if widened else x_rows
 
 
-def _pool_index(components: Tensor | None, expert: int, low: int, high: int) -> slice | Tensor:
-    """Pool rows of an expert's components low..high; a dense layer owns its pool in order."""
-    return slice(low, high) if components is None else components[expert, low:high].long()
+def _pool_index(components: Tensor | None, experts: list[_Expert]) -> slice | Tensor:
+    """Pool rows of the live components, expert by expert; a dense layer owns its pool in order."""
+    if components is None:
+        return slice(0, sum(expert.rank for expert in experts))
+    slots = [expert.index * components.shape[1] + j for expert in experts for j in range(expert.rank)]
+    return components.flatten()[torch.tensor(slots, dtype=torch.long)].long()
 
 
-def _segment_rows(
-    pool: Tensor,
-    components: Tensor | None,
-    expert: int,
-    rank: int,
-    max_rank: int,
-    compute: torch.dtype,
-    gate: Tensor | None,
-) -> list[tuple[slice, Tensor]]:
-    """(rank slots, their gated pool rows) by segment; zero rows stand for dead components, which are never read."""
-    segments = []
-    for low, high in _segments(rank, max_rank):
-        index = _pool_index(components, expert, low, min(high, rank))
-        rows = (pool[index] if gate is None else pool[index] * gate[index, None]).to(compute)
-        missing = high - low - rows.shape[0]
-        segments.append((slice(low, high), F.pad(rows, (0, 0, 0, missing)) if missing else rows))
-    return segments
+def _padded_rows(
+    pool: Tensor, index: slice | Tensor, experts: list[_Expert], compute: torch.dtype, gate: Tensor | None
+) -> Tensor:
+    """The gated pool rows of the live components, each expert's filled up with zero rows to whole segments.
+
+    The rows of dead components are never read.
+    """
+    rows = (pool[index] if gate is None else pool[index] * gate[index, None]).to(compute)
+    size = experts[-1].padded.stop if experts else 0
+    if size == rows.shape[0]:
+        return rows
+    padded = rows.new_zeros(size, rows.shape[1])
+    for expert in experts:
+        padded[expert.padded.start : expert.padded.start + expert.rank] = rows[expert.live]
+    return padded
 
 
 @torch.library.custom_op("lrlora_eager::shrink", mutates_args=())
@@ -111,10 +137,11 @@ def shrink(
     """``u[i, j] = <x[i], a[comp(e_i, j)]>``, 0 beyond the rank; ``[L, max_rank]`` in x's dtype."""
     num_rows = x.shape[0] if row_index is None else row_index.shape[0]
     u = x.new_zeros(num_rows, max_rank)
-    compute = _compute_dtype(x)
-    for expert, rows, rank in _experts(ranks, max_rank, group_offsets, num_rows):
-        segments = _segment_rows(a, components, expert, rank, max_rank, compute, None)
-        for block, x_rows in _row_blocks(x, rows, compute, max_rank > _SEGMENT, row_index):
+    compute, experts = _compute_dtype(x), _experts(ranks, max_rank, group_offsets, num_rows)
+    pool_rows = _padded_rows(a, _pool_index(components, experts), experts, compute, None)
+    for expert in experts:
+        segments = expert.segments(max_rank, pool_rows)
+        for block, x_rows in _row_blocks(x, expert.rows, compute, max_rank > _SEGMENT, row_index):
             for slots, rows_of_a in segments:
                 u[block, slots] = x_rows @ rows_of_a.t()
     return u
@@ -137,10 +164,11 @@ def expand_(
     group_offsets: Tensor | None = None,
 ) -> None:
     """``out[i] += scaling * sum_j gate_j u[i, j] b[comp(e_i, j)]`` in place; out is ``[L, N]``."""
-    compute = _compute_dtype(out)
-    for expert, rows, rank in _experts(ranks, u.shape[1], group_offsets, out.shape[0]):
-        segments = _segment_rows(b, components, expert, rank, u.shape[1], compute, gate)
-        for block, total in _row_blocks(out, rows, compute, u.shape[1] > _SEGMENT):
+    compute, experts = _compute_dtype(out), _experts(ranks, u.shape[1], group_offsets, out.shape[0])
+    pool_rows = _padded_rows(b, _pool_index(components, experts), experts, compute, gate)
+    for expert in experts:
+        segments = expert.segments(u.shape[1], pool_rows)
+        for block, total in _row_blocks(out, expert.rows, compute, u.shape[1] > _SEGMENT):
             for slots, rows_of_b in segments:
                 total.addmm_(u[block, slots].to(compute), rows_of_b, alpha=scaling)
             if compute != out.dtype:
@@ -188,18 +216,24 @@ def gram(
     row_index: Tensor | None = None,
 ) -> Tensor:
     """``d[comp(e, j)] = scaling * gate_j * sum_{i in e} u[i, j] y[i]``; ``[pool_size, N]`` in ``dtype``, 0 if dead."""
-    d = torch.zeros(pool_size, y.shape[1], dtype=dtype, device=y.device)
-    compute = _compute_dtype(y)
-    for expert, rows, rank in _experts(ranks, u.shape[1], group_offsets, u.shape[0]):
-        total = torch.zeros(rank, y.shape[1], dtype=compute, device=y.device)
-        for block, y_rows in _row_blocks(y, rows, compute, False, row_index):
-            total.addmm_(u[block, :rank].to(compute).t(), y_rows)
-        _store_gram(d, total, _pool_index(components, expert, 0, rank), scaling, gate)
+    compute, experts = _compute_dtype(y), _experts(ranks, u.shape[1], group_offsets, u.shape[0])
+    index = _pool_index(components, experts)
+    totals = _totals(y, experts, compute)
+    for expert in experts:
+        for block, y_rows in _row_blocks(y, expert.rows, compute, False, row_index):
+            totals[expert.live].addmm_(u[block, : expert.rank].to(compute).t(), y_rows)
+    return _stored(y.new_zeros(pool_size, y.shape[1], dtype=dtype), index, totals, scaling, gate)
+
+
+def _totals(y: Tensor, experts: list[_Expert], compute: torch.dtype) -> Tensor:
+    """Zeros for the live components, expert by expert, to add ``u^T y`` to."""
+    return torch.zeros(experts[-1].live.stop if experts else 0, y.shape[1], dtype=compute, device=y.device)
+
+
+def _stored(d: Tensor, index: slice | Tensor, totals: Tensor, scaling: float, gate: Tensor | None) -> Tensor:
+    """d with the scaled and gated totals in their pool rows."""
+    d[index] = (totals.mul_(scaling) if gate is None else totals.mul_(scaling * gate[index, None])).to(d.dtype)
     return d
-
-
-def _store_gram(d: Tensor, total: Tensor, index: slice | Tensor, scaling: float, gate: Tensor | None) -> None:
-    d[index] = (total * scaling if gate is None else total * (scaling * gate[index, None])).to(d.dtype)
 
 
 @gram.register_fake
@@ -223,20 +257,21 @@ def shrink_gram(
 
     ``row_index`` gathers rows of dy. c is ``[R]`` in fp32 (fp64 for fp64 inputs).
     """
-    v, d_b = dy.new_zeros(u.shape), b.new_zeros(b.shape)
-    c = torch.zeros(b.shape[0], dtype=_sum_dtype(dy), device=dy.device)
-    compute = _compute_dtype(dy)
-    for expert, rows, rank in _experts(ranks, u.shape[1], group_offsets, u.shape[0]):
-        segments = _segment_rows(b, components, expert, rank, u.shape[1], compute, None)
-        total = torch.zeros(rank, dy.shape[1], dtype=compute, device=dy.device)
-        for block, dy_rows in _row_blocks(dy, rows, compute, compute != torch.bfloat16, row_index):
+    compute, experts = _compute_dtype(dy), _experts(ranks, u.shape[1], group_offsets, u.shape[0])
+    index = _pool_index(components, experts)
+    pool_rows, totals = _padded_rows(b, index, experts, compute, None), _totals(dy, experts, compute)
+    v, c = dy.new_zeros(u.shape), torch.zeros(b.shape[0], dtype=_sum_dtype(dy), device=dy.device)
+    for expert in experts:
+        segments = expert.segments(u.shape[1], pool_rows)
+        for block, dy_rows in _row_blocks(dy, expert.rows, compute, compute != torch.bfloat16, row_index):
             for slots, rows_of_b in segments:
                 v[block, slots] = dy_rows @ rows_of_b.t()
-            total.addmm_(u[block, :rank].to(compute).t(), dy_rows)
-        index = _pool_index(components, expert, 0, rank)
-        _store_gram(d_b, total, index, scaling, gate)
-        c[index] = scaling * (u[rows, :rank].to(c.dtype) * v[rows, :rank].to(c.dtype)).sum(0)
-    return v, d_b, c
+            totals[expert.live].addmm_(u[block, : expert.rank].to(compute).t(), dy_rows)
+    products = u.to(c.dtype) * v.to(c.dtype)
+    sums = [products[expert.rows, : expert.rank].sum(0) for expert in experts]
+    if sums:
+        c[index] = scaling * torch.cat(sums)
+    return v, _stored(b.new_zeros(b.shape), index, totals, scaling, gate), c
 
 
 @shrink_gram.register_fake

@@ -58,6 +58,11 @@ class Inputs:
     def table(self) -> dict[str, Any]:
         return {"components": self.components, "group_offsets": self.group_offsets}
 
+    @property
+    def num_owned(self) -> int:
+        """Rows that belong to an expert; they come first."""
+        return len(self.base) if self.group_offsets is None else int(self.group_offsets[-1])
+
     def x_rows(self, rows: slice) -> Tensor:
         return self.x[rows] if self.row_index is None else self.x[self.row_index[rows].long()]
 
@@ -140,10 +145,14 @@ def expected_shrink(inputs: Inputs, dtype: torch.dtype) -> Tensor:
 
 
 def expected_expand(inputs: Inputs, base: Tensor | None, gated: bool, dtype: torch.dtype) -> Tensor:
-    """``base[i] + scaling sum_j gate_j u[i, j] b[comp(e_i, j)]``; the sum in ``dtype``, added in base's dtype or it."""
+    """``base[i] + scaling sum_j gate_j u[i, j] b[comp(e_i, j)]``; the sum in ``dtype``, added in base's dtype or it.
+
+    Rows of no expert are zero.
+    """
     out = torch.zeros(inputs.base.shape, dtype=dtype, device=inputs.u.device)
     if base is not None:
         out = base.to(torch.promote_types(base.dtype, dtype), copy=True)
+        out[inputs.num_owned :] = 0
     for rows, own in inputs.experts:
         u, b = inputs.u[rows, : len(own)].to(dtype), inputs.b[own].to(dtype)
         out[rows] += SCALING * torch.einsum("mr,r,rn->mn", u, _gates(inputs, own, gated, dtype), b)
