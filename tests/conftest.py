@@ -19,6 +19,8 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What takes a minute starts first, or the other workers wait for it at the end.
+    items.sort(key=lambda item: item.path.name not in ("test_static.py", "test_packaging.py", "test_demo.py"))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=NO_GPU))

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("peft", reason="needs peft, as the benchmarks do")
 
-from benchmarks import dense, race
+from benchmarks import dense, moe, race
 from benchmarks.floors import Machine, base_cost, lora_cost
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.providers import BUILDERS, FORWARD_BACKWARD, MODES, Oracle, Problem, Unavailable
@@ -161,12 +161,15 @@ def test_the_suite_runs(tmp_path):
 
     written = json.loads(results.read_text())
     assert {"device", "date", "commit", "versions", "machines"} < set(written)
-    rows = {(row["mode"], row["provider"]): row for row in written["rows"]}
-    assert set(rows) == {(mode, name) for mode in MODES for name in QUICK.contenders()}
-    for (_, provider), row in rows.items():
+    rows = {(row["layer"], row["mode"], row["provider"]): row for row in written["rows"]}
+    quick = [QUICK, *moe.cases(CPU, quick=True)]
+    assert set(rows) == {(case.layer, mode, name) for case in quick for mode in MODES for name in case.contenders()}
+    for (*_, provider), row in rows.items():
         assert (row["overhead"] is None) == (provider == "base")
         assert row["floor_ms"] > 0
-    entry_of = {(entry["extra_info"]["mode"], entry["extra_info"]["provider"]): entry for entry in _entries(entries)}
+    entry_of = {
+        tuple(entry["extra_info"][key] for key in ("layer", "mode", "provider")): entry for entry in _entries(entries)
+    }
     for key, row in rows.items():
         assert entry_of[key]["stats"]["median"] == pytest.approx(row["time"]["median"] / 1e3)
 
