@@ -14,7 +14,7 @@ TORCH_BACKEND ?= $(if $(NVIDIA)$(AMD),auto)
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
 
-demo: $(VENV)/.installed-cli  ## Fine-tune a small language model with learned ranks
+demo: $(VENV)/.installed-cli  ## Fine-tune the experts of a small language model with fixed, grown and learned ranks
 	$(BIN)/lrlora demo $(ARGS)
 
 test: $(VENV)/.installed-test  ## Run all tests that this machine can run
