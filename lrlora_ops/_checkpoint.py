@@ -165,10 +165,9 @@ def _check_tensors(name: str, settings: Mapping[str, Any], tensors: Mapping[str,
             raise ValueError(f"{name}.{key} has shape {found}, its settings say {shape}; the checkpoint is damaged")
     ranks, components = (tensors[f"{name}.table.{key}"].tolist() for key in ("ranks", "components"))
     live = [row for own, rank in zip(components, ranks, strict=True) for row in own[: max(rank, 0)]]
-    in_order = size < experts * most or components == [list(range(e * most, (e + 1) * most)) for e in range(experts)]
-    if not all(0 <= r <= most for r in ranks) or not set(live) <= set(range(size)) or len(set(live)) < len(live):
-        in_order = False
-    if not in_order:
+    reserved = [list(range(first, first + most)) for first in range(0, experts * most, most)] if most else components
+    sound = all(0 <= rank <= most for rank in ranks) and len(set(live)) == len(live) and set(live) <= set(range(size))
+    if not sound or (size == experts * most and components != reserved):
         raise ValueError(f"{name} has a rank table that contradicts its tensors; the checkpoint is damaged")
 
 
