@@ -95,6 +95,19 @@ def test_costs_scale_with_a_machine_that_got_slower():
     assert speed.Costs(1, 2, 3).scaled(2) == speed.Costs(2, 4, 6)
 
 
+@pytest.mark.parametrize(
+    "step, slowness, steps", [(1.0, 1.0, 100), (0.5, 0.5, 100), (3.0, 3.0, 31), (1000.0, 1000.0, 10)]
+)
+def test_pretraining_ends_early_on_a_slower_machine(monkeypatch, step, slowness, steps):
+    """Predicted: 100 steps of 1 s, 100 of 2 s, 10 s of measuring, of 310 s. Three times slower, 31 % fit."""
+    now = [50.0]
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    pace = speed.Pace(speed.Costs(1, 2, 10), (100, 100), deadline=50.0 + 310.0)
+    for _ in pace.while_it_fits(range(100)):
+        now[0] += step
+    assert (pace.steps, pace.slowness) == (steps, pytest.approx(slowness))
+
+
 @pytest.mark.parametrize("seconds, chosen", [({1: 1.0, 2: 0.6, 4: 0.7, 8: 0.1}, 2), ({1: 1.0, 2: 9.0}, 1)])
 def test_threads_are_chosen_by_the_clock(monkeypatch, seconds, chosen):
     threads = torch.get_num_threads()

@@ -24,7 +24,7 @@ from lrlora_ops.finetune.machine import describe, peak_memory, pick_device
 from lrlora_ops.finetune.outcome import draw_ranks, print_comparison, print_ranks, print_results
 from lrlora_ops.finetune.pretrained import load_pretrained, quiet_transformers
 from lrlora_ops.finetune.progress import training_progress
-from lrlora_ops.finetune.speed import OPTIMIZER_SHARE, Costs, choose_threads, seconds_per_step
+from lrlora_ops.finetune.speed import OPTIMIZER_SHARE, Costs, Pace, choose_threads, seconds_per_step
 from lrlora_ops.finetune.tokens import batches
 from lrlora_ops.finetune.trainer import Recipe, train
 
@@ -77,14 +77,13 @@ def run_demo(experiment: Experiment, settings: DemoSettings, console: Console) -
 
     costs = measure_costs(model, texts, experiment, settings.seed, console)
     recipe = plan_pretraining(costs, experiment, settings, deadline, console)
-    seconds = pretrain(model, texts, recipe, settings.seed, console)
+    pace = Pace(costs, (experiment.pretraining.steps, experiment.fine_tuning.steps), deadline)
+    pretrain(model, texts, recipe, pace, settings.seed, console)
     model.save_pretrained(base)
     texts.tokenizer.save_pretrained(base)
     before = texts.tuning.measure(model)
 
-    # The machine may have become slower, or faster, since the costs were measured.
-    costs = costs.scaled(seconds / (recipe.steps * costs.pretraining))
-    recipe = plan_fine_tuning(costs, experiment, settings, deadline, console)
+    recipe = plan_fine_tuning(costs.scaled(pace.slowness), experiment, settings, deadline, console)
     arms = fine_tune(base, texts.tuning, experiment, recipe, settings, console)
 
     print_results(console, before, arms)
@@ -164,13 +163,18 @@ def cut(phase: str, recipe: Recipe, steps: int, settings: DemoSettings, console:
     return replace(recipe, steps=steps)
 
 
-def pretrain(model: nn.Module, texts: DemoTexts, recipe: Recipe, seed: int, console: Console) -> float:
-    """Train the whole model on library source; returns the seconds that it took."""
-    start, seq_len = time.perf_counter(), texts.tuning.seq_len
-    stream = batches([(texts.source, PRETRAINING_ROWS)], seq_len, recipe.steps, seed)
+def pretrain(model: nn.Module, texts: DemoTexts, recipe: Recipe, pace: Pace, seed: int, console: Console) -> None:
+    """Train the whole model on library source, for fewer steps if they take longer than predicted."""
+    seq_len = texts.tuning.seq_len
+    stream = pace.while_it_fits(batches([(texts.source, PRETRAINING_ROWS)], seq_len, recipe.steps, seed))
     with training_progress(console, "pretraining", recipe.steps, PRETRAINING_ROWS * seq_len) as on_step:
         train(model, stream, recipe, on_step)
-    return time.perf_counter() - start
+    if pace.steps < recipe.steps:
+        console.print(
+            f"  a step took {pace.slowness:.1f} times what was predicted: pretraining ended after {pace.steps} of "
+            f"{recipe.steps} steps, to leave time for the fine-tuning",
+            style="yellow",
+        )
 
 
 def fine_tune(

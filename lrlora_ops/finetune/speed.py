@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -81,3 +82,35 @@ class Costs:
             return min(steps, max(least, int(factor * steps)))
 
         return cut(pretraining), cut(fine_tuning)
+
+
+class Pace:
+    """Pretraining by the clock: a machine can turn out to be slower than its costs were, or become so.
+
+    Attributes:
+        steps: How many were made.
+        slowness: How many times longer than predicted one took.
+    """
+
+    def __init__(self, costs: Costs, wanted: tuple[int, int], deadline: float) -> None:
+        """
+        Args:
+            costs: As predicted.
+            wanted: Steps of pretraining and of fine-tuning without a limit.
+            deadline: By ``time.perf_counter``, when the whole run is to have ended.
+        """
+        self.costs, self.wanted, self.deadline = costs, wanted, deadline
+        self.steps, self.slowness = 0, 1.0
+
+    def while_it_fits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The batches, until another step would not leave the rest of the run its share of the time."""
+        start = time.perf_counter()
+        for batch in batches:
+            if self.steps and self.steps >= self._fitting(start):
+                break
+            yield batch
+            self.steps += 1
+            self.slowness = (time.perf_counter() - start) / (self.steps * self.costs.pretraining)
+
+    def _fitting(self, start: float) -> int:
+        return self.costs.scaled(self.slowness).fit(*self.wanted, self.deadline - start)[0]
