@@ -93,10 +93,9 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         layers = [make(tokens) for tokens in (4096, 8192, 32768) for make in (olmoe, qwen3, mixtral)]
         selected = [Case(layer, torch.bfloat16, "uniform", ("PEFT",)) for layer in layers]
         return selected + [Case(olmoe(8192), torch.bfloat16, ranks, ("lrlora, padded",)) for ranks in list(RANKS)[1:]]
-    selected = [Case(make(1024), dtype, "uniform", peers) for make in (olmoe, qwen3) for dtype in DTYPES_ON_CPU]
-    selected += [Case(olmoe(1024), torch.float32, ranks, ("lrlora, padded",)) for ranks in ("bimodal", "zipf")]
-    selected += [Case(olmoe(1024), torch.float32, "one", ())]
-    selected += [Case(olmoe(tokens), torch.float32, "uniform", peers) for tokens in (256, 4096)]
+    layers = [make(tokens) for tokens in (1024, 256, 4096) for make in (olmoe, qwen3)]
+    selected = [Case(layer, dtype, "uniform", peers) for layer in layers for dtype in DTYPES_ON_CPU]
+    selected += [Case(olmoe(1024), torch.float32, ranks, ("lrlora, padded",)) for ranks in ("bimodal", "zipf", "one")]
     by_experts = [ExpertsShape("sweep", 512, experts, 8, 1024, 512) for experts in (8, 32, 128, 256)]
     return selected + [Case(shape, torch.float32, "uniform", (), 0.5) for shape in by_experts]
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.floors import Machine
 
 Step = Callable[[], object]
-MIN_ROUNDS, MAX_ROUNDS = 7, 100
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
 _GPU_ROUNDS, _GPU_REPLAY_MS = 3, 20
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}

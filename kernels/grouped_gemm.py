@@ -64,11 +64,6 @@ def grouped_gemm_kernel(
     x_rows = source_rows(row_index_ptr, offs_m, mask_m, HAS_INDEX) * stride_xm
     weight_cols = expert.to(tl.int64) * stride_we + offs_n.to(tl.int64) * stride_wn
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if HAS_BIAS:  # one copy for each row: a row alone would be loaded by single elements
-        bias = bias_ptr + expert.to(tl.int64) * out_features + offs_n
-        acc += tl.load(
-            bias[None, :] + tl.zeros((BLOCK_M, 1), tl.int32), mask=mask_m[:, None] & mask_n[None, :], other=0.0
-        )
     live_features = tl.where(first < end, in_features, 0)
     for k in range(0, live_features, BLOCK_K):
         mask_k = k + offs_k < in_features
@@ -78,6 +73,9 @@ def grouped_gemm_kernel(
             weight_ptr + weight_rows[:, None] + weight_cols[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0
         )
         acc = tl.dot(x, weight.to(x.dtype), acc, input_precision=PRECISION)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + expert.to(tl.int64) * out_features + offs_n, mask=mask_n, other=0.0)
+        acc += tl.where(mask_m[:, None], bias[None, :], 0.0)
 
     offs = offs_m.to(tl.int64)[:, None] * out_features + offs_n[None, :]
     mask = (offs_m < end_of_stores)[:, None] & mask_n[None, :]

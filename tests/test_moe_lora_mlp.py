@@ -113,6 +113,7 @@ def make_layer(case: Case, device: str = "cpu") -> Layer:
         **{"down_A": normal(pool, INNER, size=0.35), "down_B": normal(pool, HIDDEN, size=0.4)},
         "down_gate": normal(pool) + 1,
     }
+    leaves["weights"][index == experts] = torch.nan
     dead = torch.ones(pool, dtype=torch.bool, device=device)
     dead[torch.cat([table.rows_of(expert) for expert in range(experts)])] = False
     for name in LEAVES[2:]:

@@ -16,7 +16,7 @@ CAPACITIES = (16, 32, 64, 128)
 # tf32 is fp32 after torch.set_float32_matmul_precision("high").
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 # One expert, all of it in order; experts with a component table, gates, biases and gathered rows; experts so many that
-# a tile must suit few rows each, without a bias.
+# a tile must suit few rows each.
 LAYOUTS = {"dense": 1, "grouped": 8, "few rows": 256}
 # (dtype of everything but the adapter, of the adapter, layout): each table of tiles with every flag of the kernels off
 # or on, not every combination. fp16 is compiled as bf16 is.
@@ -113,7 +113,7 @@ def _launch_rankless(case: Case) -> None:
     x = torch.empty(SHAPE.M, SHAPE.K, dtype=DTYPES[case.dtype])
     if case.primitive == "grouped_gemm":
         weight = x.new_empty(1, SHAPE.N, SHAPE.K).expand(num_experts, -1, -1)
-        bias = x.new_empty(num_experts, SHAPE.N) if case.layout == "grouped" else None
+        bias = None if case.layout == "dense" else x.new_empty(num_experts, SHAPE.N)
         primitives.grouped_gemm(x, weight, bias, case.layout == "grouped", **_routing(case))
     elif case.primitive == "combine":
         positions = torch.arange(SHAPE.M).view(-1, _TOP_K)

@@ -112,12 +112,13 @@ def moe_lora_mlp(
                 *(gathers, linear.transposed, scaling, backend),
             )
 
+    # A dropped pair adds nothing, whatever its weight: even NaN.
+    top_k_weights = top_k_weights.masked_fill(top_k_index >= table.num_experts, 0.0)
     hidden = activation(project(x, up, up_weight, up_bias, None, gathers=True)).to(x.dtype)
     row_weights = top_k_weights.detach().flatten()[routing.row_order]
     if post is None:
         out = project(hidden, down, down_weight, down_bias, top_k_weights, gathers=False)
     else:
         rows = post(project(hidden, down, down_weight, down_bias, None, gathers=False))
-        kept = top_k_weights.masked_fill(top_k_index >= table.num_experts, 0.0)
-        out = (rows[routing.row_position] * kept[..., None]).sum(1).to(x.dtype)
+        out = (rows[routing.row_position] * top_k_weights[..., None]).sum(1).to(x.dtype)
     return count_demand(out, demand, routing.group_offsets, row_weights)
