@@ -314,7 +314,7 @@ def test_no_recompilation():
 
     def function(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         operands = leaves | {"x": x, "weights": weights}
-        return run(replace(layer, index=index), operands, scaling=0.75)
+        return run(replace(layer, index=index), operands)
 
     torch.compiler.reset()
     compiled = Compiled(function, dynamic=True)

@@ -81,6 +81,7 @@ def moe_lora_mlp(
         RuntimeError: The result is differentiated twice.
     """
     x, up_weight, up_bias, down_weight, down_bias = autocast_operands(x, up.weight, up.bias, down.weight, down.bias)  # type: ignore[assignment]
+    scaling = float(scaling)  # under torch.compile(dynamic=True) a symbol, which an autograd.Function cannot take
     ranks = table.ranks if ranks is None else ranks
     backend = resolve_backend(backend, x.device)
     if backend == "reference":
