@@ -4,22 +4,18 @@ Same names, arguments and meanings as the launchers in ``kernels/``. The rank is
 on a CPU, and dead components are skipped. Each function is a custom op, so that a changed rank is invisible to
 ``torch.compile``.
 
-BLAS may order a sum differently for another matrix shape. Components are therefore worked on in the fixed
-segments 0..16, 16..32, 32..64, 64..128 and so on: a component that is born leaves the shapes that the others
-see unchanged, and with a zero row of ``b`` it leaves the output bit-identical.
-
 Rows are worked on in blocks that stay in a core's cache: what has to be read twice is read from memory once, and
 half precision is widened to fp32 on the way where the CPU has no instructions for it.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-_SEGMENT = 16
+from lrlora_ops._live import SEGMENT, Expert, live_experts, padded_rows, pool_index
+
 # A block takes 2 MB in fp32, about a core's share of the caches, and has rows enough for BLAS to be quick.
 _BLOCK_ELEMENTS, _BLOCK_ROWS = 2**19, 128
 # Of a weight that is widened at a time: 16 MB in fp32, to be used by many rows; for fewer it does not pay.
@@ -27,51 +23,6 @@ _WEIGHT_ELEMENTS, _WIDENED_ROWS = 2**22, 32
 # torch.cpu.get_capabilities is younger than the oldest torch that is supported.
 _CPU: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
 _MULTIPLIES_BF16 = any(_CPU.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-
-
-def _segments(rank: int, max_rank: int) -> Iterator[tuple[int, int]]:
-    """Column ranges that cover ``rank`` components; their bounds do not depend on the rank."""
-    low, high = 0, min(_SEGMENT, max_rank)
-    while low < rank:
-        yield low, high
-        low, high = high, min(2 * high, max_rank)
-
-
-@dataclass(frozen=True)
-class _Expert:
-    """An expert that has rows and components.
-
-    ``live`` is where its components are among those of all such experts, ``padded`` the same with each expert's
-    last segment filled up.
-    """
-
-    index: int
-    rows: slice
-    rank: int
-    live: slice
-    padded: slice
-
-    def segments(self, max_rank: int, padded_rows: Tensor) -> list[tuple[slice, Tensor]]:
-        """(rank slots, their pool rows) by segment."""
-        first = self.padded.start
-        return [
-            (slice(low, high), padded_rows[first + low : first + high]) for low, high in _segments(self.rank, max_rank)
-        ]
-
-
-def _experts(ranks: Tensor, max_rank: int, group_offsets: Tensor | None, num_rows: int) -> list[_Expert]:
-    """The experts that have work to do."""
-    offsets = [0, num_rows] if group_offsets is None else group_offsets.tolist()
-    experts: list[_Expert] = []
-    live = padded = 0
-    for index, rank in enumerate(ranks.tolist()):
-        if not 0 <= rank <= max_rank:
-            raise ValueError(f"the rank of expert {index} is {rank}; it must be from 0 to {max_rank}, the capacity")
-        if rank and offsets[index + 1] > offsets[index]:
-            rows, width = slice(offsets[index], offsets[index + 1]), [*_segments(rank, max_rank)][-1][1]
-            experts.append(_Expert(index, rows, rank, slice(live, live + rank), slice(padded, padded + width)))
-            live, padded = live + rank, padded + width
-    return experts
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -92,36 +43,23 @@ def _row_blocks(
     size, widened = rows.stop - rows.start, compute != x.dtype
     if reread or widened:
         size = min(size, max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(x.shape[1], 1)) * torch.get_num_threads())
+    if size == rows.stop - rows.start:
+        yield rows, _rows(x, rows, row_index).to(compute)
+        return
     buffer = x.new_empty(size if widened else 0, x.shape[1], dtype=compute)
     for first in range(rows.start, rows.stop, size):
         block = slice(first, min(first + size, rows.stop))
-        x_rows = x[block] if row_index is None else x[row_index[block]]
+        x_rows = _rows(x, block, row_index)
         yield block, buffer[: x_rows.shape[0]].copy_(x_rows) if widened else x_rows
 
 
-def _pool_index(components: Tensor | None, experts: list[_Expert]) -> slice | Tensor:
-    """Pool rows of the live components, expert by expert; a dense layer owns its pool in order."""
-    if components is None:
-        return slice(0, sum(expert.rank for expert in experts))
-    slots = [expert.index * components.shape[1] + j for expert in experts for j in range(expert.rank)]
-    return components.flatten()[torch.tensor(slots, dtype=torch.long)].long()
+def _rows(x: Tensor, rows: slice, row_index: Tensor | None) -> Tensor:
+    return x[rows] if row_index is None else x.index_select(0, row_index[rows])
 
 
-def _padded_rows(
-    pool: Tensor, index: slice | Tensor, experts: list[_Expert], compute: torch.dtype, gate: Tensor | None
-) -> Tensor:
-    """The gated pool rows of the live components, each expert's filled up with zero rows to whole segments.
-
-    The rows of dead components are never read.
-    """
-    rows = (pool[index] if gate is None else pool[index] * gate[index, None]).to(compute)
-    size = experts[-1].padded.stop if experts else 0
-    if size == rows.shape[0]:
-        return rows
-    padded = rows.new_zeros(size, rows.shape[1])
-    for expert in experts:
-        padded[expert.padded.start : expert.padded.start + expert.rank] = rows[expert.live]
-    return padded
+def _gated(u: Tensor, gate: Tensor | None, components: slice, compute: torch.dtype) -> Tensor:
+    """Columns of u, in ``compute``, times the gates of these components."""
+    return (u if gate is None else u * gate[components]).to(compute)
 
 
 @torch.library.custom_op("lrlora_eager::shrink", mutates_args=())
@@ -137,11 +75,11 @@ def shrink(
     """``u[i, j] = <x[i], a[comp(e_i, j)]>``, 0 beyond the rank; ``[L, max_rank]`` in x's dtype."""
     num_rows = x.shape[0] if row_index is None else row_index.shape[0]
     u = x.new_zeros(num_rows, max_rank)
-    compute, experts = _compute_dtype(x), _experts(ranks, max_rank, group_offsets, num_rows)
-    pool_rows = _padded_rows(a, _pool_index(components, experts), experts, compute, None)
+    compute, experts = _compute_dtype(x), live_experts(ranks, max_rank, group_offsets, num_rows)
+    pool_rows = padded_rows(a, pool_index(components, experts), experts, compute)
     for expert in experts:
         segments = expert.segments(max_rank, pool_rows)
-        for block, x_rows in _row_blocks(x, expert.rows, compute, max_rank > _SEGMENT, row_index):
+        for block, x_rows in _row_blocks(x, expert.rows, compute, max_rank > SEGMENT, row_index):
             for slots, rows_of_a in segments:
                 u[block, slots] = x_rows @ rows_of_a.t()
     return u
@@ -164,13 +102,16 @@ def expand_(
     group_offsets: Tensor | None = None,
 ) -> None:
     """``out[i] += scaling * sum_j gate_j u[i, j] b[comp(e_i, j)]`` in place; out is ``[L, N]``."""
-    compute, experts = _compute_dtype(out), _experts(ranks, u.shape[1], group_offsets, out.shape[0])
-    pool_rows = _padded_rows(b, _pool_index(components, experts), experts, compute, gate)
+    compute, experts = _compute_dtype(out), live_experts(ranks, u.shape[1], group_offsets, out.shape[0])
+    index = pool_index(components, experts)
+    pool_rows = padded_rows(b, index, experts, compute)
+    gates = None if gate is None else padded_rows(gate, index, experts, gate.dtype)
     for expert in experts:
-        segments = expert.segments(u.shape[1], pool_rows)
-        for block, total in _row_blocks(out, expert.rows, compute, u.shape[1] > _SEGMENT):
+        segments, first = expert.segments(u.shape[1], pool_rows), expert.padded.start
+        for block, total in _row_blocks(out, expert.rows, compute, u.shape[1] > SEGMENT):
             for slots, rows_of_b in segments:
-                total.addmm_(u[block, slots].to(compute), rows_of_b, alpha=scaling)
+                own = slice(first + slots.start, first + slots.stop)
+                total.addmm_(_gated(u[block, slots], gates, own, compute), rows_of_b, alpha=scaling)
             if compute != out.dtype:
                 out[block] = total
 
@@ -216,24 +157,46 @@ def gram(
     row_index: Tensor | None = None,
 ) -> Tensor:
     """``d[comp(e, j)] = scaling * gate_j * sum_{i in e} u[i, j] y[i]``; ``[pool_size, N]`` in ``dtype``, 0 if dead."""
-    compute, experts = _compute_dtype(y), _experts(ranks, u.shape[1], group_offsets, u.shape[0])
-    index = _pool_index(components, experts)
-    totals = _totals(y, experts, compute)
+    compute, experts = _compute_dtype(y), live_experts(ranks, u.shape[1], group_offsets, u.shape[0])
+    index = pool_index(components, experts)
+    sums = _RowSums(y.new_zeros(pool_size, y.shape[1], dtype=dtype), index, compute, scaling, gate)
     for expert in experts:
         for block, y_rows in _row_blocks(y, expert.rows, compute, False, row_index):
-            totals[expert.live].addmm_(u[block, : expert.rank].to(compute).t(), y_rows)
-    return _stored(y.new_zeros(pool_size, y.shape[1], dtype=dtype), index, totals, scaling, gate)
+            sums.add(expert, block, u, y_rows)
+    return sums.stored()
 
 
-def _totals(y: Tensor, experts: list[_Expert], compute: torch.dtype) -> Tensor:
-    """Zeros for the live components, expert by expert, to add ``u^T y`` to."""
-    return torch.zeros(experts[-1].live.stop if experts else 0, y.shape[1], dtype=compute, device=y.device)
+class _RowSums:
+    """``d[comp(e, j)] = scaling * gate_j * sum_i u[i, j] y[i]`` for the live components, block by block of rows."""
 
+    def __init__(
+        self, d: Tensor, index: slice | Tensor, compute: torch.dtype, scaling: float, gate: Tensor | None
+    ) -> None:
+        """
+        Args:
+            d: ``[R, N]``, zero.
+            index: Pool rows of the live components, expert by expert.
+            compute: Dtype of the sums.
+            scaling: A factor.
+            gate: ``[R]``.
+        """
+        self.d, self.index, self.scaling = d, index, scaling
+        self.gates = None if gate is None else gate[index]
+        self.in_place = isinstance(index, slice) and d.dtype == compute
+        live = index.stop if isinstance(index, slice) else len(index)
+        self.sums = d[index] if self.in_place else d.new_empty(live, d.shape[1], dtype=compute)
 
-def _stored(d: Tensor, index: slice | Tensor, totals: Tensor, scaling: float, gate: Tensor | None) -> Tensor:
-    """d with the scaled and gated totals in their pool rows."""
-    d[index] = (totals.mul_(scaling) if gate is None else totals.mul_(scaling * gate[index, None])).to(d.dtype)
-    return d
+    def add(self, expert: Expert, block: slice, u: Tensor, y_rows: Tensor) -> None:
+        """Add an expert's block of rows; its first one overwrites what is there."""
+        left = _gated(u[block, : expert.rank], self.gates, expert.live, self.sums.dtype)
+        beta = 0 if block.start == expert.rows.start else 1
+        self.sums[expert.live].addmm_(left.t(), y_rows, beta=beta, alpha=self.scaling)
+
+    def stored(self) -> Tensor:
+        """d."""
+        if not self.in_place:
+            self.d[self.index] = self.sums.to(self.d.dtype)
+        return self.d
 
 
 @gram.register_fake
@@ -257,21 +220,24 @@ def shrink_gram(
 
     ``row_index`` gathers rows of dy. c is ``[R]`` in fp32 (fp64 for fp64 inputs).
     """
-    compute, experts = _compute_dtype(dy), _experts(ranks, u.shape[1], group_offsets, u.shape[0])
-    index = _pool_index(components, experts)
-    pool_rows, totals = _padded_rows(b, index, experts, compute, None), _totals(dy, experts, compute)
+    compute, experts = _compute_dtype(dy), live_experts(ranks, u.shape[1], group_offsets, u.shape[0])
+    index = pool_index(components, experts)
+    pool_rows, sums = (
+        padded_rows(b, index, experts, compute),
+        _RowSums(b.new_zeros(b.shape), index, compute, scaling, gate),
+    )
     v, c = dy.new_zeros(u.shape), torch.zeros(b.shape[0], dtype=_sum_dtype(dy), device=dy.device)
     for expert in experts:
         segments = expert.segments(u.shape[1], pool_rows)
         for block, dy_rows in _row_blocks(dy, expert.rows, compute, compute != torch.bfloat16, row_index):
             for slots, rows_of_b in segments:
                 v[block, slots] = dy_rows @ rows_of_b.t()
-            totals[expert.live].addmm_(u[block, : expert.rank].to(compute).t(), dy_rows)
+            sums.add(expert, block, u, dy_rows)
     products = u.to(c.dtype) * v.to(c.dtype)
-    sums = [products[expert.rows, : expert.rank].sum(0) for expert in experts]
-    if sums:
-        c[index] = scaling * torch.cat(sums)
-    return v, _stored(b.new_zeros(b.shape), index, totals, scaling, gate), c
+    sensitivities = [products[expert.rows, : expert.rank].sum(0) for expert in experts]
+    if sensitivities:
+        c[index] = scaling * torch.cat(sensitivities)
+    return v, sums.stored(), c
 
 
 @shrink_gram.register_fake
@@ -301,10 +267,10 @@ def grouped_gemm(
     offsets = [0, num_rows] if group_offsets is None else group_offsets.tolist()
     y = x.new_empty(num_rows, matrices.shape[2])
     y[offsets[-1] :] = 0
-    for expert, (first, last) in enumerate(pairwise(offsets)):
+    biases = [None] * len(matrices) if bias is None else bias.unbind()
+    for (first, last), matrix, of_expert in zip(pairwise(offsets), matrices.unbind(), biases, strict=True):
         if last > first:
-            rows = slice(first, last)
-            _gemm(y[rows], x, rows, matrices[expert], None if bias is None else bias[expert], row_index)
+            _gemm(y[first:last], x, slice(first, last), matrix, of_expert, row_index)
     return y
 
 
@@ -312,7 +278,7 @@ def _gemm(y: Tensor, x: Tensor, rows: slice, matrix: Tensor, bias: Tensor | None
     """``y = x[rows] @ matrix + bias`` for ``matrix`` ``[K, N]``, widened by blocks of columns where that is faster."""
     compute = _compute_dtype(x)
     if compute == x.dtype or len(y) < _WIDENED_ROWS:
-        x_rows = x[rows] if row_index is None else x[row_index[rows]]
+        x_rows = _rows(x, rows, row_index)
         torch.mm(x_rows, matrix, out=y) if bias is None else torch.addmm(bias, x_rows, matrix, out=y)
         return
     columns = max(_WEIGHT_ELEMENTS // max(matrix.shape[0], 1), 1)
@@ -335,7 +301,7 @@ def combine(rows: Tensor, positions: Tensor, weights: Tensor | None = None) -> T
     """``out[t] = sum_k weights[t, k] rows[positions[t, k]]``, ``[T, N]`` in rows' dtype, summed in fp32 or wider."""
     out = torch.zeros(positions.shape[0], rows.shape[1], dtype=_sum_dtype(rows), device=rows.device)
     for k, position in enumerate(positions.unbind(1)):
-        chosen = rows[position].to(out.dtype)
+        chosen = rows.index_select(0, position).to(out.dtype)
         if weights is None:
             out.add_(chosen)
         else:

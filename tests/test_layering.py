@@ -19,7 +19,7 @@ LAYERS = [
     {"adapters", "_targets", "_checkpoint"},
     {"integrations"},
 ]
-PARTS = {"_checkpoint": "adapters", "_targets": "adapters"}  # modules that are one unit with another
+PARTS = {"_checkpoint": "adapters", "_targets": "adapters", "_live": "eager"}  # modules that are one unit with another
 UPWARD_ON_USE = {("adapters", "integrations")}  # Adapters.callback() and the like, inside a function
 
 OPTIONAL = ["triton", "transformers", "tokenizers", "accelerate", "peft", "typer", "rich", "matplotlib"]
