@@ -37,7 +37,18 @@ def one(experts: int) -> list[int]:
     return [256] + [0] * (experts - 1)
 
 
-RANKS: dict[str, Callable[[int], list[int]]] = {"uniform": uniform, "bimodal": bimodal, "zipf": zipf, "one": one}
+def shared(experts: int) -> list[int]:
+    """A budget of 2048 components, whatever the number of experts."""
+    return [2048 // experts] * experts
+
+
+RANKS: dict[str, Callable[[int], list[int]]] = {
+    "uniform": uniform,
+    "bimodal": bimodal,
+    "zipf": zipf,
+    "one": one,
+    "shared": shared,
+}
 
 
 @dataclass(frozen=True)
@@ -66,9 +77,15 @@ class Case:
     def max_rank(self) -> int:
         return max(RANKS[self.ranks](self.shape.num_experts))
 
+    @property
+    def mean_rank(self) -> int:
+        return sum(RANKS[self.ranks](self.shape.num_experts)) // self.shape.num_experts
+
     def contenders(self) -> dict[str, tuple[str, int]]:
         """Name in the report -> (builder, mean rank)."""
-        return {name: (name, 0 if name.startswith("base") else MEAN) for name in ("base", "lrlora", *self.peers)}
+        return {
+            name: (name, 0 if name.startswith("base") else self.mean_rank) for name in ("base", "lrlora", *self.peers)
+        }
 
     def prepare(self, device: torch.device) -> tuple[Callable[[str, int], Provider], Callable[[Provider], None]]:
         """The providers of one random problem, and its oracle."""
@@ -80,7 +97,7 @@ class Case:
         size, backward = self.dtype.itemsize, mode == FORWARD_BACKWARD
         if rank == 0:
             return experts_base_cost(self.shape, size, backward=backward)
-        return experts_lora_cost(self.shape, MEAN, size, size, backward=backward)
+        return experts_lora_cost(self.shape, self.mean_rank, size, size, backward=backward)
 
 
 def cases(device: torch.device, quick: bool = False) -> list[Case]:
@@ -92,12 +109,16 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     if device.type == "cuda":
         layers = [make(tokens) for tokens in (4096, 8192, 32768) for make in (olmoe, qwen3, mixtral)]
         selected = [Case(layer, torch.bfloat16, "uniform", ("PEFT",)) for layer in layers]
-        return selected + [Case(olmoe(8192), torch.bfloat16, ranks, ("lrlora, padded",)) for ranks in list(RANKS)[1:]]
+        return selected + [
+            Case(olmoe(8192), torch.bfloat16, ranks, ("lrlora, padded",)) for ranks in ("bimodal", "zipf", "one")
+        ]
     layers = [make(tokens) for tokens in (1024, 256, 4096) for make in (olmoe, qwen3)]
     selected = [Case(layer, dtype, "uniform", peers) for layer in layers for dtype in DTYPES_ON_CPU]
     selected += [Case(olmoe(1024), torch.float32, ranks, ("lrlora, padded",)) for ranks in ("bimodal", "zipf", "one")]
     by_experts = [ExpertsShape("sweep", 512, experts, 8, 1024, 512) for experts in (8, 32, 128, 256)]
-    return selected + [Case(shape, torch.float32, "uniform", (), 0.5) for shape in by_experts]
+    return selected + [
+        Case(shape, torch.float32, ranks, (), 0.5) for ranks in ("shared", "uniform") for shape in by_experts
+    ]
 
 
 DTYPES_ON_CPU = (torch.float32, torch.bfloat16)
