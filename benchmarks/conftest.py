@@ -10,7 +10,6 @@ import torch
 
 from benchmarks import report
 from benchmarks.floors import Machine
-from benchmarks.providers import MODES
 from benchmarks.race import DTYPES, Case, Outcome, Outcomes, Row, measure
 from benchmarks.timing import probe
 
@@ -33,7 +32,7 @@ class Bench:
             try:
                 self.measured[case] = measure(case, self.device, self.machine(case.dtype))
             except Exception as error:  # for each entry of the case, without trying it again
-                self.measured[case] = {(mode, name): error for mode in MODES for name in case.contenders()}
+                self.measured[case] = {(mode, name): error for mode in case.modes for name in case.contenders()}
         return self.measured[case][mode, provider]
 
     def rows(self) -> list[Row]:

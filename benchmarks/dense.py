@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.floors import Cost, base_cost, lora_cost
-from benchmarks.providers import BUILDERS, FORWARD_BACKWARD, Oracle, Problem, Provider
+from benchmarks.providers import BUILDERS, FORWARD_BACKWARD, MODES, Oracle, Problem, Provider
 from benchmarks.race import DTYPES
 from benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, LONG_SHAPES, Shape
 
@@ -28,6 +28,7 @@ class Case:
     live: tuple[int, ...]
     peers: tuple[str, ...]
     effort: float = 1.0
+    modes: tuple[str, ...] = MODES
 
     def __str__(self) -> str:
         return f"{self.shape} {DTYPES[self.dtype]} r{self.max_rank}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.providers import MODES, Unavailable
+from benchmarks.providers import Unavailable
 from benchmarks.race import Case
 
 
@@ -37,7 +37,7 @@ def parametrize(metafunc: pytest.Metafunc, cases: Sequence[Case]) -> None:
     entries = [
         pytest.param(case, mode, provider, id=f"{case.id}-{mode}-{provider}".replace(" ", "-"))
         for case in cases
-        for mode in MODES
+        for mode in case.modes
         for provider in case.contenders()
     ]
     metafunc.parametrize(("case", "mode", "provider"), entries)

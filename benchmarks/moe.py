@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from benchmarks.floors import Cost, experts_base_cost, experts_lora_cost
 from benchmarks.moe_providers import BUILDERS, ExpertsOracle, ExpertsProblem
-from benchmarks.providers import FORWARD_BACKWARD, Provider
+from benchmarks.providers import FORWARD_BACKWARD, MODES, Provider
 from benchmarks.race import DTYPES
 from benchmarks.shapes import ExpertsShape, mixtral, olmoe, qwen3
 
@@ -60,6 +61,7 @@ class Case:
     ranks: str
     peers: tuple[str, ...]
     effort: float = 1.0
+    modes: tuple[str, ...] = MODES
 
     def __str__(self) -> str:
         return f"{self.layer} {DTYPES[self.dtype]}"
@@ -112,13 +114,13 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         return selected + [
             Case(olmoe(8192), torch.bfloat16, ranks, ("lrlora, padded",)) for ranks in ("bimodal", "zipf", "one")
         ]
+    training = partial(Case, modes=(FORWARD_BACKWARD,))  # a round of them all takes up to a minute
     layers = [make(tokens) for tokens in (1024, 256, 4096) for make in (olmoe, qwen3)]
-    selected = [Case(layer, dtype, "uniform", peers) for layer in layers for dtype in DTYPES_ON_CPU]
-    selected += [Case(olmoe(1024), torch.float32, ranks, ("lrlora, padded",)) for ranks in ("bimodal", "zipf", "one")]
-    by_experts = [ExpertsShape("sweep", 512, experts, 8, 1024, 512) for experts in (8, 32, 128, 256)]
-    return selected + [
-        Case(shape, torch.float32, ranks, (), 0.5) for ranks in ("shared", "uniform") for shape in by_experts
-    ]
+    selected = [training(layer, dtype, "uniform", peers) for layer in layers for dtype in DTYPES_ON_CPU]
+    padded = ("lrlora, padded",)
+    selected += [training(olmoe(1024), torch.float32, ranks, padded) for ranks in ("bimodal", "zipf", "one")]
+    sweep = [ExpertsShape("sweep", 512, experts, 8, 1024, 512) for experts in (8, 32, 128, 256)]
+    return selected + [training(shape, torch.float32, ranks, ()) for ranks in ("shared", "uniform") for shape in sweep]
 
 
 DTYPES_ON_CPU = (torch.float32, torch.bfloat16)

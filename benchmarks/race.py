@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.floors import Cost, Machine
 from benchmarks.memory import peak_bytes, saved_bytes
-from benchmarks.providers import FORWARD, FORWARD_BACKWARD, MODES, Provider
+from benchmarks.providers import FORWARD, FORWARD_BACKWARD, Provider
 from benchmarks.timing import Spread, differences, interleave
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -25,6 +25,7 @@ class Case(Protocol):
         layer: The layer by name, with its sizes.
         max_rank: The components that a group can have.
         effort: Share of the usual time to spend on it.
+        modes: What is timed, of ``MODES``.
     """
 
     @property
@@ -35,6 +36,8 @@ class Case(Protocol):
     def max_rank(self) -> int: ...
     @property
     def effort(self) -> float: ...
+    @property
+    def modes(self) -> tuple[str, ...]: ...
     @property
     def id(self) -> str:
         """A name without spaces, for ``pytest -k``."""
@@ -95,13 +98,13 @@ def measure(case: Case, device: torch.device, machine: Machine) -> Outcomes:
             provider = build(builder, rank)
             check(provider)
         except Exception as error:
-            outcomes.update({(mode, name): error for mode in MODES})
+            outcomes.update({(mode, name): error for mode in case.modes})
         else:
             providers[name] = provider
     del check
     if "base" not in providers:
-        raise RuntimeError(f"nothing can be measured without the base layer: {outcomes[MODES[0], 'base']}")
-    for mode in MODES:
+        raise RuntimeError(f"nothing can be measured without the base layer: {outcomes[case.modes[0], 'base']}")
+    for mode in case.modes:
         outcomes |= {(mode, row.provider): row for row in _race(case, providers, mode, device, machine)}
     return outcomes
 

@@ -163,7 +163,7 @@ def test_the_suite_runs(tmp_path):
     assert {"device", "date", "commit", "versions", "machines"} < set(written)
     rows = {(row["layer"], row["mode"], row["provider"]): row for row in written["rows"]}
     quick = [QUICK, *moe.cases(CPU, quick=True)]
-    assert set(rows) == {(case.layer, mode, name) for case in quick for mode in MODES for name in case.contenders()}
+    assert set(rows) == {(c.layer, mode, name) for c in quick for mode in c.modes for name in c.contenders()}
     for (*_, provider), row in rows.items():
         assert (row["overhead"] is None) == (provider == "base")
         assert row["floor_ms"] > 0
