@@ -89,7 +89,7 @@ def demo(
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="")] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Steps are cut on a machine that would need longer; default 3.5 a seed.")
+        float | None, typer.Option(help="Steps are cut on a machine that would need longer; default 3.25 a seed.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Directory for the model, the adapters and the heatmap.")] = Path(
         "lrlora-demo"
@@ -102,7 +102,7 @@ def demo(
     from lrlora_ops.finetune.demo import DemoSettings
     from lrlora_ops.finetune.seeds import run_seeds
 
-    minutes = minutes if minutes is not None else math.inf if full else 3.5
+    minutes = minutes if minutes is not None else math.inf if full else DemoSettings.minutes
     chosen = [*(seeds or []), *further_seeds(context, seeds, more or [])] or ([0, 1, 2] if full else [0])
     experiment = experiments.dense if dense else partial(experiments.mixture_of_experts, controls=full)
     run_seeds(experiment, chosen, DemoSettings(output=output, minutes=minutes, device=device), Console())

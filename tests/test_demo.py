@@ -158,10 +158,10 @@ def test_seeds_are_runs_of_their_own_with_a_table_of_means(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "options, seeds, minutes, arms, controls",
     [
-        ([], [0], 3.5, 3, 0),
+        ([], [0], 3.25, 3, 0),
         (["--full"], [0, 1, 2], math.inf, 3, 2),
         (["--full", "--seeds", "7", "--minutes", "9"], [7], 9, 3, 2),
-        (["--dense"], [0], 3.5, 2, 0),
+        (["--dense"], [0], 3.25, 2, 0),
     ],
 )
 def test_demo_options_choose_the_experiment(tmp_path, monkeypatch, options, seeds, minutes, arms, controls):

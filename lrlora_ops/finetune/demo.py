@@ -45,7 +45,7 @@ class DemoSettings:
     """
 
     output: Path = Path("lrlora-demo")
-    minutes: float = 3.5
+    minutes: float = 3.25
     seed: int = 0
     device: str = "auto"
     characters: int = 3_000_000
