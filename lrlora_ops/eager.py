@@ -4,8 +4,7 @@ Same names, arguments and meanings as the launchers in ``kernels/``. The rank is
 on a CPU, and dead components are skipped. Each function is a custom op, so that a changed rank is invisible to
 ``torch.compile``.
 
-Rows are worked on in blocks that stay in a core's cache: what has to be read twice is read from memory once, and
-half precision is widened to fp32 on the way where the CPU has no instructions for it.
+Where the CPU has no instructions for half precision, rows are widened to fp32 in blocks that stay in a core's cache.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lrlora_ops._live import SEGMENT, Expert, live_experts, padded_rows, pool_index
+from lrlora_ops._live import Expert, live_experts, padded_rows, pool_index
 
 # A block takes 2 MB in fp32, about a core's share of the caches, and has rows enough for BLAS to be quick.
 _BLOCK_ELEMENTS, _BLOCK_ROWS = 2**19, 128
@@ -37,20 +36,19 @@ def widens(x: Tensor) -> bool:
 
 
 def _row_blocks(
-    x: Tensor, rows: slice, compute: torch.dtype, reread: bool, row_index: Tensor | None = None
+    x: Tensor, rows: slice, compute: torch.dtype, row_index: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(block of rows, what x has there in ``compute``); all rows at once unless that is widened or read repeatedly."""
-    size, widened = rows.stop - rows.start, compute != x.dtype
-    if reread or widened:
-        size = min(size, max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(x.shape[1], 1)) * torch.get_num_threads())
-    if size == rows.stop - rows.start:
+    """(block of rows, what x has there in ``compute``): all rows at once, unless many have to be widened."""
+    num_rows = size = rows.stop - rows.start
+    if compute != x.dtype:
+        size = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(x.shape[1], 1)) * torch.get_num_threads()
+    if num_rows <= size:
         yield rows, _rows(x, rows, row_index).to(compute)
         return
-    buffer = x.new_empty(size if widened else 0, x.shape[1], dtype=compute)
+    buffer = x.new_empty(size, x.shape[1], dtype=compute)
     for first in range(rows.start, rows.stop, size):
         block = slice(first, min(first + size, rows.stop))
-        x_rows = _rows(x, block, row_index)
-        yield block, buffer[: x_rows.shape[0]].copy_(x_rows) if widened else x_rows
+        yield block, buffer[: block.stop - first].copy_(_rows(x, block, row_index))
 
 
 def _rows(x: Tensor, rows: slice, row_index: Tensor | None) -> Tensor:
@@ -79,7 +77,7 @@ def shrink(
     pool_rows = padded_rows(a, pool_index(components, experts), experts, compute)
     for expert in experts:
         segments = expert.segments(max_rank, pool_rows)
-        for block, x_rows in _row_blocks(x, expert.rows, compute, max_rank > SEGMENT, row_index):
+        for block, x_rows in _row_blocks(x, expert.rows, compute, row_index):
             for slots, rows_of_a in segments:
                 u[block, slots] = x_rows @ rows_of_a.t()
     return u
@@ -108,7 +106,7 @@ def expand_(
     gates = None if gate is None else padded_rows(gate, index, experts, gate.dtype)
     for expert in experts:
         segments, first = expert.segments(u.shape[1], pool_rows), expert.padded.start
-        for block, total in _row_blocks(out, expert.rows, compute, u.shape[1] > SEGMENT):
+        for block, total in _row_blocks(out, expert.rows, compute):
             for slots, rows_of_b in segments:
                 own = slice(first + slots.start, first + slots.stop)
                 total.addmm_(_gated(u[block, slots], gates, own, compute), rows_of_b, alpha=scaling)
@@ -161,7 +159,7 @@ def gram(
     index = pool_index(components, experts)
     sums = _RowSums(y.new_zeros(pool_size, y.shape[1], dtype=dtype), index, compute, scaling, gate)
     for expert in experts:
-        for block, y_rows in _row_blocks(y, expert.rows, compute, False, row_index):
+        for block, y_rows in _row_blocks(y, expert.rows, compute, row_index):
             sums.add(expert, block, u, y_rows)
     return sums.stored()
 
@@ -229,7 +227,7 @@ def shrink_gram(
     v, c = dy.new_zeros(u.shape), torch.zeros(b.shape[0], dtype=_sum_dtype(dy), device=dy.device)
     for expert in experts:
         segments = expert.segments(u.shape[1], pool_rows)
-        for block, dy_rows in _row_blocks(dy, expert.rows, compute, compute != torch.bfloat16, row_index):
+        for block, dy_rows in _row_blocks(dy, expert.rows, compute, row_index):
             for slots, rows_of_b in segments:
                 v[block, slots] = dy_rows @ rows_of_b.t()
             sums.add(expert, block, u, dy_rows)
@@ -285,7 +283,7 @@ def _gemm(y: Tensor, x: Tensor, rows: slice, matrix: Tensor, bias: Tensor | None
     for low in range(0, matrix.shape[1], columns):
         part = slice(low, low + columns)
         wide, wide_bias = matrix[:, part].to(compute), None if bias is None else bias[part].to(compute)
-        for block, x_rows in _row_blocks(x, rows, compute, False, row_index):
+        for block, x_rows in _row_blocks(x, rows, compute, row_index):
             out = y[block.start - rows.start : block.stop - rows.start, part]
             out.copy_(x_rows @ wide if wide_bias is None else torch.addmm(wide_bias, x_rows, wide))
 

@@ -90,9 +90,9 @@ def test_growth_changes_no_bit(rows, columns, dtype):
 
 @each_dtype
 def test_growth_changes_no_bit_across_row_blocks(dtype):
-    """The eager backend works on blocks of rows; 700 rows of 2048 columns are three of them, the last one shorter."""
+    """The eager backend widens blocks of rows; 700 rows of 2048 columns are three of them, the last one shorter."""
     rows, columns, max_rank = 700, 2048, 64
-    blocks = eager._row_blocks(torch.empty(rows, columns), slice(0, rows), torch.float32, True)
+    blocks = eager._row_blocks(torch.empty(rows, columns, dtype=torch.float16), slice(0, rows), torch.float32)
     assert [block.stop - block.start for block, _ in blocks] == [256, 256, 188]
     inputs = make_inputs(Case((max_rank,), max_rank, rows, columns, columns), dtype, max_rank)
     inputs.b[16:] = 0
