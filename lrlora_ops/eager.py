@@ -220,10 +220,8 @@ def shrink_gram(
     """
     compute, experts = _compute_dtype(dy), live_experts(ranks, u.shape[1], group_offsets, u.shape[0])
     index = pool_index(components, experts)
-    pool_rows, sums = (
-        padded_rows(b, index, experts, compute),
-        _RowSums(b.new_zeros(b.shape), index, compute, scaling, gate),
-    )
+    pool_rows = padded_rows(b, index, experts, compute)
+    sums = _RowSums(b.new_zeros(b.shape), index, compute, scaling, gate)
     v, c = dy.new_zeros(u.shape), torch.zeros(b.shape[0], dtype=_sum_dtype(dy), device=dy.device)
     for expert in experts:
         segments = expert.segments(u.shape[1], pool_rows)
