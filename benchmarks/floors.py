@@ -90,8 +90,8 @@ def experts_lora_cost(
 def launch_cost(kernel: str, arguments: dict[str, Any]) -> Cost:
     """One launch of a Triton kernel, from the arguments it was given.
 
-    Each tensor argument is moved once, so a tensor that is read and written counts twice, for it is passed twice;
-    a second read by another program is taken to hit the L2. Every component counts as live.
+    Each tensor argument is moved once; a second read by another program is taken to hit the L2. Every component counts
+    as live.
     """
     moved = sum(tensor.numel() * tensor.element_size() for tensor in arguments.values() if torch.is_tensor(tensor))
     return Cost(moved, _FLOPS[kernel](arguments))
@@ -108,7 +108,7 @@ _FLOPS = {
     "shrink_gram_kernel": lambda arguments: _product(arguments) * (2 if arguments["FUSE_GRAM"] else 1),
     "reduce_kernel": lambda arguments: arguments["partial_ptr"].numel(),
     "grouped_gemm_kernel": lambda arguments: (
-        2 * arguments["num_rows"] * arguments["in_features"] * arguments["out_features"]
+        2 * arguments["num_rows"] * arguments["out_features"] * (arguments["in_features"] + arguments["WIDTH"])
     ),
     "combine_kernel": lambda arguments: 2 * arguments["positions_ptr"].numel() * arguments["num_cols"],
     "dropout_kernel": lambda arguments: 2 * arguments["x_ptr"].numel(),

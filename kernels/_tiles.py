@@ -32,12 +32,6 @@ def row_major(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def check_in_place(out: torch.Tensor) -> None:
-    """Raises ValueError for an output that the kernels, which address it as row-major, would scatter over."""
-    if not out.is_contiguous():
-        raise ValueError(f"out has strides {out.stride()}; it must be contiguous: make it with x.new_zeros(x.shape)")
-
-
 def row_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
     """An upper bound on the row tiles, known without reading the group offsets."""
     return triton.cdiv(num_rows, block_m) + (num_experts - 1 if num_rows else 0)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrlora_ops.kernels._tiles import check_in_place, row_major
+from lrlora_ops.kernels._tiles import row_major
 
 _BLOCK_M, _BLOCK_K = 16, 256
 
@@ -19,7 +19,6 @@ def dropout_kernel(
     num_cols,
     stride_xm,
     p,
-    ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -38,14 +37,15 @@ def dropout_kernel(
     x = tl.load(x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0)
     out = tl.where(keep, x.to(tl.float32) * (1 / (1 - p)), 0.0)
     offs = offs_m.to(tl.int64)[:, None] * num_cols + offs_k[None, :]
-    if ACCUMULATE:
-        out += tl.load(out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(out: Tensor, x: Tensor, seed: Tensor, p: float, accumulate: bool) -> None:
+@torch.library.custom_op("lrlora_triton::dropout", mutates_args=())
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """x ``[M, K]`` with each element dropped with probability ``p``; ``seed`` is int64 ``[]``."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel() == 0:
-        return
+        return out
     x = row_major(x)
     grid = (triton.cdiv(x.shape[0], _BLOCK_M), triton.cdiv(x.shape[1], _BLOCK_K))
     dropout_kernel[grid](
@@ -56,28 +56,13 @@ def _launch(out: Tensor, x: Tensor, seed: Tensor, p: float, accumulate: bool) ->
         x.shape[1],
         x.stride(0),
         p,
-        ACCUMULATE=accumulate,
         BLOCK_M=_BLOCK_M,
         BLOCK_K=_BLOCK_K,
         enable_fp_fusion=True,
     )
-
-
-@torch.library.custom_op("lrlora_triton::dropout", mutates_args=())
-def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """x ``[M, K]`` with each element dropped with probability ``p``; ``seed`` is int64 ``[]``."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(out, x, seed, p, accumulate=False)
     return out
 
 
 @dropout.register_fake
 def _(x, seed, p):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("lrlora_triton::dropout_add_", mutates_args={"out"})
-def dropout_add_(out: Tensor, x: Tensor, seed: Tensor, p: float) -> None:
-    """``out += dropout(x)`` for a contiguous out, with the mask that ``dropout`` draws from the same seed."""
-    check_in_place(out)
-    _launch(out, x, seed, p, accumulate=True)

@@ -1,12 +1,16 @@
-"""What there is to do on a CPU: the experts that have rows and components, and the pool rows of these components.
+"""What there is to do on a CPU: the experts that have rows, and the pool rows of their live components.
 
 BLAS may order a sum differently for another matrix shape. Components are therefore worked on in the fixed
 segments 0..16, 16..32, 32..64, 64..128 and so on: a component that is born leaves the shapes that the others
-see unchanged, and with a zero row of ``b`` it leaves the output bit-identical.
+see unchanged, and with a zero row of ``b`` it leaves the output bit-identical. The slots from the rank to the end
+of its segment are dead: they stand for the expert's first component, and whoever multiplies has zeros for them.
+
+Tensors are cut into the parts of all experts at once: for an expert with few rows a call takes as long as a product.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,58 +30,94 @@ def segments_of(rank: int, max_rank: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class Expert:
-    """An expert that has rows and components.
+    """An expert that has rows.
 
-    ``live`` is where its components are among those of all such experts, ``padded`` the same with each expert's
-    last segment filled up.
+    ``pieces`` are its segments among those of all experts.
     """
 
     index: int
-    rows: slice
     rank: int
-    live: slice
-    padded: slice
-
-    def segments(self, max_rank: int, padded_rows: Tensor) -> list[tuple[slice, Tensor]]:
-        """(rank slots, their pool rows) by segment."""
-        first = self.padded.start
-        return [(s, padded_rows[first + s.start : first + s.stop]) for s in segments_of(self.rank, max_rank)]
+    pieces: range
 
 
-def live_experts(ranks: Tensor, max_rank: int, group_offsets: Tensor | None, num_rows: int) -> list[Expert]:
-    """The experts that have work to do."""
+@dataclass(frozen=True)
+class Work:
+    """The experts that have rows; those that have components, too, are ``ranked``.
+
+    For each slot of their segments, ``[S]``: its ``owner``, its ``position`` and the live ``slot`` it stands for;
+    ``live`` says which of them stand for themselves.
+    """
+
+    counts: list[int]
+    max_rank: int
+    experts: list[Expert]
+    widths: list[int]
+    owner: Tensor
+    position: Tensor
+    slot: Tensor
+    live: Tensor
+    row_expert: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that have an expert."""
+        return len(self.row_expert)
+
+    @property
+    def ranked(self) -> list[Expert]:
+        return [expert for expert in self.experts if expert.rank]
+
+    def rows(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each expert, for x ``[L, ...]``."""
+        return x[: self.num_rows].split(self.counts)
+
+    def columns(self, u: Tensor) -> list[list[Tensor]]:
+        """By expert, ``[rows, slots]`` for each of its segments, for u ``[L, max_rank]``."""
+        by_segment = [self.rows(u[:, slots]) for slots in segments_of(self.max_rank, self.max_rank)]
+        pieces: list[list[Tensor]] = [[] for _ in self.counts]
+        for expert in self.experts:
+            pieces[expert.index] = [by_segment[s][expert.index] for s in range(len(expert.pieces))]
+        return pieces
+
+    def pool_index(self, components: Tensor | None) -> Tensor:
+        """int64 ``[S]``: the pool row of each slot; a dense layer owns its pool in order."""
+        return self.slot if components is None else components[self.owner, self.slot].long()
+
+    def live_index(self, components: Tensor | None) -> tuple[Tensor, ...]:
+        """int64 ``[rank]``: the pool rows of the live components of each ranked expert."""
+        return self.pool_index(components)[self.live].split([expert.rank for expert in self.ranked])
+
+    def by_row(self, factors: Tensor) -> Tensor:
+        """``[L, max_rank]`` (``[1, max_rank]`` for one expert): the ``factors`` ``[S]`` of each row's slots, else 0."""
+        of_expert = factors.new_zeros(len(self.counts), self.max_rank)
+        of_expert[self.owner, self.position] = factors
+        return of_expert if len(self.counts) == 1 else of_expert[self.row_expert]
+
+
+def find_work(ranks: Tensor, max_rank: int, group_offsets: Tensor | None, num_rows: int) -> Work:
+    """What these ranks and groups ask for. Reads them, which is free on a CPU."""
     offsets = [0, num_rows] if group_offsets is None else group_offsets.tolist()
+    return _work(tuple(ranks.tolist()), max_rank, tuple(offsets))
+
+
+@lru_cache(maxsize=8)  # the calls of one layer's step share it
+def _work(ranks: tuple[int, ...], max_rank: int, offsets: tuple[int, ...]) -> Work:
+    counts = [end - first for first, end in pairwise(offsets)]
     experts: list[Expert] = []
-    live = padded = 0
-    for index, rank in enumerate(ranks.tolist()):
+    widths: list[int] = []
+    owner: list[int] = []
+    position: list[int] = []
+    for index, (rank, count) in enumerate(zip(ranks, counts, strict=True)):
         if not 0 <= rank <= max_rank:
             raise ValueError(f"the rank of expert {index} is {rank}; it must be from 0 to {max_rank}, the capacity")
-        if rank and offsets[index + 1] > offsets[index]:
-            rows, width = slice(offsets[index], offsets[index + 1]), segments_of(rank, max_rank)[-1].stop
-            experts.append(Expert(index, rows, rank, slice(live, live + rank), slice(padded, padded + width)))
-            live, padded = live + rank, padded + width
-    return experts
-
-
-def pool_index(components: Tensor | None, experts: list[Expert]) -> slice | Tensor:
-    """Pool rows of the live components, expert by expert; a dense layer owns its pool in order."""
-    if components is None:
-        return slice(0, sum(expert.rank for expert in experts))
-    owned = components[torch.tensor([expert.index for expert in experts], dtype=torch.long)]
-    ranks = torch.tensor([expert.rank for expert in experts])
-    return owned[torch.arange(components.shape[1]) < ranks[:, None]].long()
-
-
-def padded_rows(pool: Tensor, index: slice | Tensor, experts: list[Expert], compute: torch.dtype) -> Tensor:
-    """The pool rows of the live components, each expert's filled up with zero rows to whole segments.
-
-    The rows of dead components are never read.
-    """
-    rows = (pool[index] if isinstance(index, slice) else pool.index_select(0, index)).to(compute)
-    size = experts[-1].padded.stop if experts else 0
-    if size == rows.shape[0]:
-        return rows
-    padded = rows.new_zeros(size, *rows.shape[1:])
-    for expert in experts:
-        padded[expert.padded.start : expert.padded.start + expert.rank] = rows[expert.live]
-    return padded
+        if count:
+            own = [segment.stop - segment.start for segment in segments_of(rank, max_rank)]
+            experts.append(Expert(index, rank, range(len(widths), len(widths) + len(own))))
+            widths += own
+            owner += [index] * sum(own)
+            position += range(sum(own))
+    owners, positions = torch.tensor(owner, dtype=torch.long), torch.tensor(position, dtype=torch.long)
+    is_live = positions < torch.tensor(ranks)[owners]
+    row_expert = torch.arange(len(ranks)).repeat_interleave(torch.tensor(counts))
+    slots, live = positions.where(is_live, 0), is_live.nonzero().flatten()
+    return Work(counts, max_rank, experts, widths, owners, positions, slots, live, row_expert)

@@ -7,13 +7,12 @@ on a CPU, and dead components are skipped. Each function is a custom op, so that
 Where the CPU has no instructions for half precision, rows are widened to fp32 in blocks that stay in a core's cache.
 """
 
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lrlora_ops._live import Expert, live_experts, padded_rows, pool_index
+from lrlora_ops._live import Expert, Work, find_work
 
 # A block takes 2 MB in fp32, about a core's share of the caches, and has rows enough for BLAS to be quick.
 _BLOCK_ELEMENTS, _BLOCK_ROWS = 2**19, 128
@@ -35,29 +34,46 @@ def widens(x: Tensor) -> bool:
     return _compute_dtype(x) != x.dtype
 
 
-def _row_blocks(
-    x: Tensor, rows: slice, compute: torch.dtype, row_index: Tensor | None = None
-) -> Iterator[tuple[slice, Tensor]]:
-    """(block of rows, what x has there in ``compute``): all rows at once, unless many have to be widened."""
-    num_rows = size = rows.stop - rows.start
-    if compute != x.dtype:
-        size = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(x.shape[1], 1)) * torch.get_num_threads()
-    if num_rows <= size:
-        yield rows, _rows(x, rows, row_index).to(compute)
+def _blocks(compute: torch.dtype, x_rows: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """x_rows in ``compute`` and the same rows of the others: all at once, unless many have to be widened."""
+    size = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(x_rows.shape[1], 1)) * torch.get_num_threads()
+    if compute == x_rows.dtype or len(x_rows) <= size:
+        yield x_rows.to(compute), *others
         return
-    buffer = x.new_empty(size, x.shape[1], dtype=compute)
-    for first in range(rows.start, rows.stop, size):
-        block = slice(first, min(first + size, rows.stop))
-        yield block, buffer[: block.stop - first].copy_(_rows(x, block, row_index))
+    for block, *parts in zip(*(rows.split(size) for rows in (x_rows, *others)), strict=True):
+        yield block.to(compute), *parts
 
 
-def _rows(x: Tensor, rows: slice, row_index: Tensor | None) -> Tensor:
-    return x[rows] if row_index is None else x.index_select(0, row_index[rows])
+class _Rows:
+    """The rows of each expert, gathered when they are asked for."""
+
+    def __init__(self, x: Tensor, work: Work, row_index: Tensor | None) -> None:
+        self.x, self.gathers = x, row_index is not None
+        self.parts = work.rows(x if row_index is None else row_index)
+
+    def __getitem__(self, expert: Expert) -> Tensor:
+        part = self.parts[expert.index]
+        return self.x.index_select(0, part) if self.gathers else part
 
 
-def _gated(u: Tensor, gate: Tensor | None, components: slice, compute: torch.dtype) -> Tensor:
-    """Columns of u, in ``compute``, times the gates of these components."""
-    return (u if gate is None else u * gate[components]).to(compute)
+class _Pool:
+    """The pool rows of each expert's segments, gathered when they are asked for."""
+
+    def __init__(self, pool: Tensor, work: Work, components: Tensor | None, compute: torch.dtype) -> None:
+        self.pool, self.compute = pool, compute
+        self.index = work.pool_index(components).split(work.widths)
+
+    def __getitem__(self, expert: Expert) -> list[Tensor]:
+        segments = [self.pool.index_select(0, self.index[piece]) for piece in expert.pieces]
+        return segments if self.pool.dtype == self.compute else [rows.to(self.compute) for rows in segments]
+
+
+def _gated(
+    u: Tensor, gate: Tensor | None, scaling: float, work: Work, components: Tensor | None, compute: torch.dtype
+) -> Tensor:
+    """``scaling * gate * u`` in ``compute`` for the rows that have an expert."""
+    factors = scaling if gate is None else work.by_row(gate[work.pool_index(components)] * scaling)
+    return (u[: work.num_rows].to(_sum_dtype(u)) * factors).to(compute)
 
 
 @torch.library.custom_op("lrlora_eager::shrink", mutates_args=())
@@ -72,46 +88,31 @@ def shrink(
 ) -> Tensor:
     """``u[i, j] = <x[i], a[comp(e_i, j)]>``, 0 beyond the rank; ``[L, max_rank]`` in x's dtype."""
     num_rows = x.shape[0] if row_index is None else row_index.shape[0]
-    u = x.new_zeros(num_rows, max_rank)
-    compute, experts = _compute_dtype(x), live_experts(ranks, max_rank, group_offsets, num_rows)
-    pool_rows = padded_rows(a, pool_index(components, experts), experts, compute)
-    for expert in experts:
-        segments = expert.segments(max_rank, pool_rows)
-        for block, x_rows in _row_blocks(x, expert.rows, compute, row_index):
-            for slots, rows_of_a in segments:
-                u[block, slots] = x_rows @ rows_of_a.t()
+    compute, work = _compute_dtype(x), find_work(ranks, max_rank, group_offsets, num_rows)
+    u = x.new_zeros(num_rows, max_rank, dtype=compute)
+    rows, pool, columns = _Rows(x, work, row_index), _Pool(a, work, components, compute), work.columns(u)
+    for expert in work.ranked:
+        segments = pool[expert]
+        for x_rows, *pieces in _blocks(compute, rows[expert], *columns[expert.index]):
+            _shrink_rows(pieces, x_rows, segments)
+    return _without_dead(u, work).to(x.dtype)
+
+
+def _shrink_rows(pieces: list[Tensor], x_rows: Tensor, segments: list[Tensor]) -> None:
+    for piece, pool_rows in zip(pieces, segments, strict=True):
+        torch.mm(x_rows, pool_rows.t(), out=piece)
+
+
+def _without_dead(u: Tensor, work: Work) -> Tensor:
+    """u, made zero in the dead slots of segments."""
+    is_live = work.by_row(work.position == work.slot)
+    u[: work.num_rows].masked_fill_(~is_live, 0)
     return u
 
 
 @shrink.register_fake
 def _(x, a, ranks, max_rank, components=None, group_offsets=None, row_index=None):
     return x.new_empty(x.shape[0] if row_index is None else row_index.shape[0], max_rank)
-
-
-@torch.library.custom_op("lrlora_eager::expand_", mutates_args={"out"})
-def expand_(
-    out: Tensor,
-    u: Tensor,
-    b: Tensor,
-    ranks: Tensor,
-    scaling: float,
-    gate: Tensor | None = None,
-    components: Tensor | None = None,
-    group_offsets: Tensor | None = None,
-) -> None:
-    """``out[i] += scaling * sum_j gate_j u[i, j] b[comp(e_i, j)]`` in place; out is ``[L, N]``."""
-    compute, experts = _compute_dtype(out), live_experts(ranks, u.shape[1], group_offsets, out.shape[0])
-    index = pool_index(components, experts)
-    pool_rows = padded_rows(b, index, experts, compute)
-    gates = None if gate is None else padded_rows(gate, index, experts, gate.dtype)
-    for expert in experts:
-        segments, first = expert.segments(u.shape[1], pool_rows), expert.padded.start
-        for block, total in _row_blocks(out, expert.rows, compute):
-            for slots, rows_of_b in segments:
-                own = slice(first + slots.start, first + slots.stop)
-                total.addmm_(_gated(u[block, slots], gates, own, compute), rows_of_b, alpha=scaling)
-            if compute != out.dtype:
-                out[block] = total
 
 
 @torch.library.custom_op("lrlora_eager::expand", mutates_args=())
@@ -125,15 +126,36 @@ def expand(
     group_offsets: Tensor | None = None,
     base: Tensor | None = None,
 ) -> Tensor:
-    """``base`` (or zero) plus the expansion, as a new tensor ``[L, N]`` in base's dtype (or u's).
+    """``out[i] = base[i] + scaling * sum_j gate_j u[i, j] b[comp(e_i, j)]``, ``[L, N]`` in base's dtype (or u's).
 
-    Rows of no expert are zero.
+    Without ``base`` it is zero. Rows of no expert are zero.
     """
-    out = u.new_zeros(u.shape[0], b.shape[1]) if base is None else base.clone(memory_format=torch.contiguous_format)
-    if group_offsets is not None:
-        out[int(group_offsets[-1]) :] = 0
-    expand_(out, u, b, ranks, scaling, gate, components, group_offsets)
+    out = u.new_empty(u.shape[0], b.shape[1]) if base is None else base.clone(memory_format=torch.contiguous_format)
+    compute, work = _compute_dtype(out), find_work(ranks, u.shape[1], group_offsets, u.shape[0])
+    gated, pool = _gated(u, gate, scaling, work, components, compute), _Pool(b, work, components, compute)
+    out[work.num_rows :] = 0
+    _expand_rows(out, gated, pool, work, is_set=base is not None)
     return out
+
+
+def _expand_rows(out: Tensor, gated: Tensor, pool: _Pool, work: Work, is_set: bool) -> None:
+    """Add each expert's low-rank product to its rows of out, or overwrite them if out is not set."""
+    rows, columns = work.rows(out), work.columns(gated)
+    for expert in work.ranked if is_set else work.experts:
+        segments = pool[expert]
+        if not segments:
+            rows[expert.index].zero_()
+            continue
+        for total, out_rows, *pieces in _blocks(gated.dtype, *[rows[expert.index]] * 2, *columns[expert.index]):
+            _add_segments(total, pieces, segments, is_set)
+            if total.dtype != out.dtype:
+                out_rows.copy_(total)
+
+
+def _add_segments(total: Tensor, pieces: list[Tensor], segments: list[Tensor], is_set: bool) -> None:
+    for piece, pool_rows in zip(pieces, segments, strict=True):
+        total.addmm_(piece, pool_rows, beta=1 if is_set else 0)
+        is_set = True
 
 
 @expand.register_fake
@@ -155,46 +177,15 @@ def gram(
     row_index: Tensor | None = None,
 ) -> Tensor:
     """``d[comp(e, j)] = scaling * gate_j * sum_{i in e} u[i, j] y[i]``; ``[pool_size, N]`` in ``dtype``, 0 if dead."""
-    compute, experts = _compute_dtype(y), live_experts(ranks, u.shape[1], group_offsets, u.shape[0])
-    index = pool_index(components, experts)
-    sums = _RowSums(y.new_zeros(pool_size, y.shape[1], dtype=dtype), index, compute, scaling, gate)
-    for expert in experts:
-        for block, y_rows in _row_blocks(y, expert.rows, compute, row_index):
-            sums.add(expert, block, u, y_rows)
-    return sums.stored()
-
-
-class _RowSums:
-    """``d[comp(e, j)] = scaling * gate_j * sum_i u[i, j] y[i]`` for the live components, block by block of rows."""
-
-    def __init__(
-        self, d: Tensor, index: slice | Tensor, compute: torch.dtype, scaling: float, gate: Tensor | None
-    ) -> None:
-        """
-        Args:
-            d: ``[R, N]``, zero.
-            index: Pool rows of the live components, expert by expert.
-            compute: Dtype of the sums.
-            scaling: A factor.
-            gate: ``[R]``.
-        """
-        self.d, self.index, self.scaling = d, index, scaling
-        self.gates = None if gate is None else gate[index]
-        self.in_place = isinstance(index, slice) and d.dtype == compute
-        live = index.stop if isinstance(index, slice) else len(index)
-        self.sums = d[index] if self.in_place else d.new_empty(live, d.shape[1], dtype=compute)
-
-    def add(self, expert: Expert, block: slice, u: Tensor, y_rows: Tensor) -> None:
-        """Add an expert's block of rows; its first one overwrites what is there."""
-        left = _gated(u[block, : expert.rank], self.gates, expert.live, self.sums.dtype)
-        beta = 0 if block.start == expert.rows.start else 1
-        self.sums[expert.live].addmm_(left.t(), y_rows, beta=beta, alpha=self.scaling)
-
-    def stored(self) -> Tensor:
-        """d."""
-        if not self.in_place:
-            self.d[self.index] = self.sums.to(self.d.dtype)
-        return self.d
+    compute, work = _compute_dtype(y), find_work(ranks, u.shape[1], group_offsets, u.shape[0])
+    d, index = y.new_zeros(pool_size, y.shape[1], dtype=dtype), work.live_index(components)
+    rows, left = _Rows(y, work, row_index), work.rows(_gated(u, gate, scaling, work, components, compute))
+    for expert, own in zip(work.ranked, index, strict=True):
+        total = d.new_zeros(expert.rank, d.shape[1], dtype=compute)
+        for y_rows, u_rows in _blocks(compute, rows[expert], left[expert.index][:, : expert.rank]):
+            total.addmm_(u_rows.t(), y_rows)
+        d.index_copy_(0, own, total.to(dtype))
+    return d
 
 
 @gram.register_fake
@@ -218,22 +209,29 @@ def shrink_gram(
 
     ``row_index`` gathers rows of dy. c is ``[R]`` in fp32 (fp64 for fp64 inputs).
     """
-    compute, experts = _compute_dtype(dy), live_experts(ranks, u.shape[1], group_offsets, u.shape[0])
-    index = pool_index(components, experts)
-    pool_rows = padded_rows(b, index, experts, compute)
-    sums = _RowSums(b.new_zeros(b.shape), index, compute, scaling, gate)
-    v, c = dy.new_zeros(u.shape), torch.zeros(b.shape[0], dtype=_sum_dtype(dy), device=dy.device)
-    for expert in experts:
-        segments = expert.segments(u.shape[1], pool_rows)
-        for block, dy_rows in _row_blocks(dy, expert.rows, compute, row_index):
-            for slots, rows_of_b in segments:
-                v[block, slots] = dy_rows @ rows_of_b.t()
-            sums.add(expert, block, u, dy_rows)
-    products = u.to(c.dtype) * v.to(c.dtype)
-    sensitivities = [products[expert.rows, : expert.rank].sum(0) for expert in experts]
-    if sensitivities:
-        c[index] = scaling * torch.cat(sensitivities)
-    return v, sums.stored(), c
+    compute, work = _compute_dtype(dy), find_work(ranks, u.shape[1], group_offsets, u.shape[0])
+    v, d_b, index = dy.new_zeros(u.shape, dtype=compute), b.new_zeros(b.shape), work.live_index(components)
+    rows, pool, columns = _Rows(dy, work, row_index), _Pool(b, work, components, compute), work.columns(v)
+    left = work.rows(_gated(u, gate, scaling, work, components, compute))
+    for expert, own in zip(work.ranked, index, strict=True):
+        total, segments = d_b.new_zeros(expert.rank, d_b.shape[1], dtype=compute), pool[expert]
+        operands = (rows[expert], left[expert.index][:, : expert.rank], *columns[expert.index])
+        for dy_rows, u_rows, *pieces in _blocks(compute, *operands):
+            _shrink_rows(pieces, dy_rows, segments)
+            total.addmm_(u_rows.t(), dy_rows)
+        d_b.index_copy_(0, own, total.to(b.dtype))
+    v = _without_dead(v, work).to(dy.dtype)
+    return v, d_b, _sensitivity(u, v, scaling, work, index, b.shape[0])
+
+
+def _sensitivity(u: Tensor, v: Tensor, scaling: float, work: Work, index: tuple[Tensor, ...], pool_size: int) -> Tensor:
+    """``c[comp(e, j)] = scaling * sum_{i in e} u[i, j] v[i, j]``, ``[pool_size]``."""
+    dtype = _sum_dtype(v)
+    c, products = torch.zeros(pool_size, dtype=dtype, device=v.device), work.rows(u.to(dtype) * v.to(dtype))
+    if index:
+        sums = [products[expert.index].sum(0)[: expert.rank] for expert in work.ranked]
+        c[torch.cat(index)] = scaling * torch.cat(sums)
+    return c
 
 
 @shrink_gram.register_fake
@@ -253,41 +251,93 @@ def grouped_gemm(
     transposed: bool = False,
     group_offsets: Tensor | None = None,
     row_index: Tensor | None = None,
+    u: Tensor | None = None,
+    b: Tensor | None = None,
+    ranks: Tensor | None = None,
+    scaling: float = 1.0,
+    gate: Tensor | None = None,
+    components: Tensor | None = None,
 ) -> Tensor:
-    """``y[i] = W[e_i] x[row_index[i]] + bias[e_i]``, ``[L, N]`` in x's dtype; rows of no expert are zero.
+    """``y[i] = W[e_i] x[row_index[i]] + bias[e_i]``, plus ``expand(u, b, ...)`` if u is given; ``[L, N]`` in x's dtype.
 
-    ``weight`` is ``[E, N, K]``, or ``[E, K, N]`` if ``transposed``.
+    ``weight`` is ``[E, N, K]``, or ``[E, K, N]`` if ``transposed``. Rows of no expert are zero.
     """
+    matrices = (weight if transposed else weight.transpose(1, 2)).unbind()
     num_rows = x.shape[0] if row_index is None else row_index.shape[0]
-    matrices = weight if transposed else weight.transpose(1, 2)
-    offsets = [0, num_rows] if group_offsets is None else group_offsets.tolist()
-    y = x.new_empty(num_rows, matrices.shape[2])
-    y[offsets[-1] :] = 0
+    if u is None or b is None or ranks is None:  # all experts of rank 0
+        u, b = x.new_zeros(num_rows, 0), x.new_zeros(0, matrices[0].shape[1])
+        ranks, gate, components = torch.zeros(len(matrices), dtype=torch.int32), None, None
+    compute, work = _compute_dtype(x), find_work(ranks, u.shape[1], group_offsets, num_rows)
+    gated, pool = _gated(u, gate, scaling, work, components, compute), _Pool(b, work, components, compute)
     biases = [None] * len(matrices) if bias is None else bias.unbind()
-    for (first, last), matrix, of_expert in zip(pairwise(offsets), matrices.unbind(), biases, strict=True):
-        if last > first:
-            _gemm(y[first:last], x, slice(first, last), matrix, of_expert, row_index)
+    y = x.new_empty(num_rows, matrices[0].shape[1])
+    y[work.num_rows :] = 0
+    gemm = _gemm if compute == x.dtype else _widened_gemm
+    gemm(y, _Rows(x, work, row_index), matrices, biases, gated, pool, work)
     return y
 
 
-def _gemm(y: Tensor, x: Tensor, rows: slice, matrix: Tensor, bias: Tensor | None, row_index: Tensor | None) -> None:
-    """``y = x[rows] @ matrix + bias`` for ``matrix`` ``[K, N]``, widened by blocks of columns where that is faster."""
-    compute = _compute_dtype(x)
-    if compute == x.dtype or len(y) < _WIDENED_ROWS:
-        x_rows = _rows(x, rows, row_index)
-        torch.mm(x_rows, matrix, out=y) if bias is None else torch.addmm(bias, x_rows, matrix, out=y)
-        return
-    columns = max(_WEIGHT_ELEMENTS // max(matrix.shape[0], 1), 1)
-    for low in range(0, matrix.shape[1], columns):
-        part = slice(low, low + columns)
-        wide, wide_bias = matrix[:, part].to(compute), None if bias is None else bias[part].to(compute)
-        for block, x_rows in _row_blocks(x, rows, compute, row_index):
-            out = y[block.start - rows.start : block.stop - rows.start, part]
-            out.copy_(x_rows @ wide if wide_bias is None else torch.addmm(wide_bias, x_rows, wide))
+def _gemm(
+    y: Tensor,
+    x: _Rows,
+    matrices: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gated: Tensor,
+    pool: _Pool,
+    work: Work,
+) -> None:
+    """``y = x @ matrix + bias`` for each expert's matrix ``[K, N]``, onto its low-rank product."""
+    _expand_rows(y, gated, pool, work, is_set=False)
+    y_rows = work.rows(y)
+    for expert in work.experts:
+        out, bias = y_rows[expert.index], biases[expert.index]
+        if bias is not None:
+            out.add_(bias)
+        out.addmm_(x[expert], matrices[expert.index])
+
+
+def _widened_gemm(
+    y: Tensor,
+    x: _Rows,
+    matrices: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gated: Tensor,
+    pool: _Pool,
+    work: Work,
+) -> None:
+    """The same, with the sums in fp32."""
+    y_rows, columns = work.rows(y), work.columns(gated)
+    for expert in work.experts:
+        index = expert.index
+        rows = (x[expert], y_rows[index], *columns[index])
+        _widened_product(rows, matrices[index], biases[index], pool[expert])
+
+
+def _widened_product(rows: tuple[Tensor, ...], matrix: Tensor, bias: Tensor | None, segments: list[Tensor]) -> None:
+    """``y = x @ matrix + bias`` plus the products of pieces and segments, for rows of (x, y, pieces).
+
+    Blocks of rows of x and of columns of the matrix are widened to fp32, where many rows make use of them. (They are
+    free again before the next ones are made, and so stay in the cache.)
+    """
+    few = len(rows[0]) < _WIDENED_ROWS
+    compute = rows[0].dtype if few else torch.float32
+    size = max(matrix.shape[1] if few else _WEIGHT_ELEMENTS // max(matrix.shape[0], 1), 1)
+    for low in range(0, matrix.shape[1], size):
+        part = slice(low, low + size)
+        wide = matrix[:, part].to(compute)
+        for x, y, *pieces in _blocks(compute, *rows):
+            total = (x @ wide).to(torch.float32)
+            if bias is not None:
+                total.add_(bias[part])
+            _add_segments(total, pieces, [pool_rows[:, part] for pool_rows in segments], is_set=True)
+            y[:, part] = total
 
 
 @grouped_gemm.register_fake
-def _(x, weight, bias=None, transposed=False, group_offsets=None, row_index=None):
+def _(
+    x, weight, bias=None, transposed=False, group_offsets=None, row_index=None,
+    u=None, b=None, ranks=None, scaling=1.0, gate=None, components=None,
+):  # fmt: skip
     num_rows = x.shape[0] if row_index is None else row_index.shape[0]
     return x.new_empty(num_rows, weight.shape[2 if transposed else 1])
 
@@ -325,9 +375,3 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
 @dropout.register_fake
 def _(x, seed, p):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("lrlora_eager::dropout_add_", mutates_args={"out"})
-def dropout_add_(out: Tensor, x: Tensor, seed: Tensor, p: float) -> None:
-    """``out += dropout(x)`` with the mask that ``dropout`` draws from the same seed and shape."""
-    out.addcmul_(_keep(x, seed, p), x)

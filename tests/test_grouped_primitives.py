@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests._oracle import assert_parity, assert_within_budget, bits, expected_shrink_gram
+from tests._oracle import Case as RankedCase
+from tests._oracle import Inputs, assert_parity, assert_within_budget, bits, expected_expand, expected_shrink_gram
 from tests.test_addresses import COLUMNS, FAR, ROWS, far, whole_numbers
 from tests.test_primitives import CASES as RANKED_CASES
 from tests.test_primitives import EAGER, TRITON, check_dead_rows, setup, triton_shrink_gram
@@ -140,6 +141,33 @@ def test_grouped_gemm(case, transposed, backend, dtype):
         check_gemm(OPS[backend], inputs, transposed, biased)
 
 
+def check_gemm_with_low_rank(ops, case: RankedCase, ranked: Inputs) -> None:
+    """The base product, the bias and the expansion, rounded once."""
+    dtype = ranked.x.dtype
+    shape = GemmCase(case.rows, case.in_features, case.out_features, case.group_sizes)
+    drawn = make_gemm(shape, dtype, ranked.x.device.type)
+    inputs = GemmInputs(ranked.x, drawn.weight, drawn.bias, drawn.offsets, ranked.group_offsets, ranked.row_index)
+    for gated, biased in ((False, False), (True, True)):
+
+        def expected(compute: torch.dtype, gated: bool = gated, biased: bool = biased) -> Tensor:
+            return expected_gemm(inputs, biased, compute) + expected_expand(ranked, None, gated, compute)
+
+        y = ops.grouped_gemm(
+            *(inputs.x, inputs.weight, inputs.bias if biased else None, False, inputs.group_offsets, inputs.row_index),
+            *(ranked.u, ranked.b, ranked.ranks, SCALING, ranked.gate if gated else None, ranked.components),
+        )
+        assert y.dtype == dtype
+        assert_parity(y, expected, dtype)
+        assert not y[inputs.offsets[-1] :].any(), "rows of no expert are not zero"
+
+
+@each_backend
+@pytest.mark.parametrize("case", RANKED_CASES.values(), ids=RANKED_CASES.keys())
+def test_grouped_gemm_with_a_low_rank_product(case, backend, dtype):
+    ops, inputs = setup(case, backend, dtype)
+    check_gemm_with_low_rank(ops, case, inputs)
+
+
 @either_backend
 def test_grouped_gemm_of_any_layout(backend):
     """Views of x, weight and bias give what contiguous tensors give."""
@@ -260,8 +288,9 @@ def calls(backend: str):
     gemm = make_gemm(CASES["rows of no expert"], torch.float16, DEVICES[backend])
     inputs = setup(RANKED_CASES["rows of no expert"], backend, torch.float16)[1]
     table = {**inputs.table(), "row_index": inputs.row_index}
+    low_rank = {name: getattr(inputs, name) for name in ("u", "b", "ranks", "gate", "components")}
     return {
-        "grouped_gemm": ((gemm.x, gemm.weight, gemm.bias), gemm.routing()),
+        "grouped_gemm": ((gemm.x, gemm.weight, gemm.bias), gemm.routing() | low_rank),
         "combine": (combine_arguments(backend), {}),
         "shrink_gram": ((gather_dy(inputs), inputs.b, inputs.u, inputs.ranks, SCALING, inputs.gate), table),
     }
@@ -306,6 +335,8 @@ def test_grouped_gemm_addresses(num_experts, in_features, out_features, strides,
         in_features=in_features, out_features=out_features, num_experts=num_experts, stride_xm=COLUMNS,
         stride_we=strides[0], stride_wk=strides[1], stride_wn=strides[2], HAS_BIAS=False, GROUPED=True,
         HAS_INDEX=gather, PRECISION="ieee", GROUP_M=8, BLOCK_E=num_experts, BLOCK_M=16, BLOCK_N=16, BLOCK_K=16,
+        u_ptr=None, b_ptr=None, gate_ptr=None, ranks_ptr=None, components_ptr=None, max_rank=0, scaling=1.0,
+        HAS_LOW_RANK=False, HAS_GATE=False, HAS_TABLE=False, WIDTH=16, BLOCK_R=16,
     )  # fmt: skip
     last = {4: weight_rows[3:].t(), 1: weight_rows if in_features == 4 else weight_rows.t()}[num_experts]
     assert torch.equal(y_rows, x_rows[:, :in_features].float() @ last.float())

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests._oracle import assert_within_budget, bits
-from tests.test_grouped_primitives import GemmCase, GemmInputs, check_gemm, make_gemm
-from tests.test_primitives_gpu import zipf
+from tests.test_grouped_primitives import GemmCase, GemmInputs, check_gemm, check_gemm_with_low_rank, make_gemm
+from tests.test_primitives_gpu import GROUPED, inputs_for, zipf
 
 ops = importlib.import_module("lrlora_ops.kernels.primitives")
 
@@ -33,6 +33,12 @@ CASES = {
 def test_grouped_gemm(case, transposed, dtype):
     inputs = make_gemm(case, dtype, "cuda")
     check_gemm(ops, inputs, transposed, biased=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GROUPED.values(), ids=GROUPED.keys())
+def test_grouped_gemm_with_a_low_rank_product(case, dtype):
+    check_gemm_with_low_rank(ops, case, inputs_for(case, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

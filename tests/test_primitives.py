@@ -88,10 +88,6 @@ def check_expand(ops: ModuleType, inputs: Inputs, base: Tensor | None, gated: bo
     assert_parity(out, lambda compute: expected_expand(inputs, base, gated, compute), dtype)
     if base is not None:
         assert torch.equal(base, before), "expand wrote to its base"
-        ops.expand_(before, *args, **inputs.table())
-        owned = inputs.num_owned
-        assert torch.equal(before[:owned], out[:owned]), "expand_ and expand disagree"
-        assert torch.equal(before[owned:], base[owned:]), "expand_ wrote to rows of no expert"
 
 
 def check_gram(ops: ModuleType, inputs: Inputs, gated: bool, dtype: torch.dtype) -> None:

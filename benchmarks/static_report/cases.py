@@ -15,8 +15,8 @@ SHAPE = next(shape for shape in GPU_SHAPES if (shape.model, shape.projection) ==
 CAPACITIES = (16, 32, 64, 128)
 # tf32 is fp32 after torch.set_float32_matmul_precision("high").
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
-# One expert, all of it in order; experts with a component table, gates, biases and gathered rows; experts so many that
-# a tile must suit few rows each.
+# One expert, all of it in order, onto whose output the base product is added; experts with a component table, gates,
+# biases and gathered rows; experts so many that a tile must suit few rows each.
 LAYOUTS = {"dense": 1, "grouped": 8, "few rows": 256}
 # (dtype of everything but the adapter, of the adapter, layout): each table of tiles with every flag of the kernels off
 # or on, not every combination. fp16 is compiled as bf16 is.
@@ -26,10 +26,10 @@ VARIANTS = (
     ("fp32", "fp32", "grouped"),
     ("tf32", "tf32", "grouped"),
 )
-PRIMITIVES = ("shrink", "expand", "gram", "shrink_gram")
+PRIMITIVES = {name: VARIANTS for name in ("shrink", "expand", "gram", "shrink_gram")}
+PRIMITIVES["grouped_gemm"] = (("bf16", "bf16", "few rows"), *VARIANTS[1:])
 # Those that know no rank, with the variants in which their code differs.
 RANKLESS = {
-    "grouped_gemm": tuple((dtype, dtype, layout) for dtype in DTYPES for layout in LAYOUTS),
     "combine": (("bf16", "bf16", "grouped"), ("fp32", "fp32", "grouped")),
     "dropout": (("bf16", "bf16", "dense"), ("fp32", "fp32", "dense")),
 }
@@ -54,7 +54,7 @@ class Case:
 
 def cases(targets: list[str], quick: bool = False) -> list[Case]:
     """Everything that is shipped, or what a test can wait for: bf16 on sm_90 and the widest tiles elsewhere."""
-    kinds = [(primitive, capacity, VARIANTS) for primitive in PRIMITIVES for capacity in CAPACITIES]
+    kinds = [(primitive, capacity, variants) for primitive, variants in PRIMITIVES.items() for capacity in CAPACITIES]
     kinds += [(primitive, 0, variants) for primitive, variants in RANKLESS.items()]
     every = [
         Case(target, primitive, capacity, *variant)
@@ -90,7 +90,12 @@ def launch(case: Case) -> None:
     if case.primitive == "shrink":
         primitives.shrink(x, a, ranks, rank, **experts, **gather)
     elif case.primitive == "expand":
-        primitives.expand_(x, u, a, ranks, 1.0, gate, **experts)
+        primitives.expand(u, a, ranks, 1.0, gate, **experts, base=x if experts else None)
+    elif case.primitive == "grouped_gemm":
+        low_rank = {"u": u, "b": a, "ranks": ranks, "gate": gate, "components": experts.pop("components")}
+        weight = x.new_empty(1, SHAPE.N, SHAPE.K).expand(num_experts, -1, -1)
+        bias = x.new_empty(num_experts, SHAPE.N)
+        primitives.grouped_gemm(x, weight, bias, case.layout == "grouped", **experts, **gather, **low_rank)
     elif case.primitive == "gram":
         primitives.gram(u, x, ranks, a.shape[0], 1.0, adapter, gate, **experts, **gather)
     else:
@@ -109,14 +114,9 @@ def _routing(case: Case) -> dict[str, Tensor]:
 
 
 def _launch_rankless(case: Case) -> None:
-    num_experts = LAYOUTS[case.layout]
     x = torch.empty(SHAPE.M, SHAPE.K, dtype=DTYPES[case.dtype])
-    if case.primitive == "grouped_gemm":
-        weight = x.new_empty(1, SHAPE.N, SHAPE.K).expand(num_experts, -1, -1)
-        bias = None if case.layout == "dense" else x.new_empty(num_experts, SHAPE.N)
-        primitives.grouped_gemm(x, weight, bias, case.layout == "grouped", **_routing(case))
-    elif case.primitive == "combine":
+    if case.primitive == "combine":
         positions = torch.arange(SHAPE.M).view(-1, _TOP_K)
         primitives.combine(x, positions, torch.ones(positions.shape))
     else:
-        primitives.dropout_add_(torch.empty_like(x), x, torch.zeros((), dtype=torch.int64), 0.1)
+        primitives.dropout(x, torch.zeros((), dtype=torch.int64), 0.1)

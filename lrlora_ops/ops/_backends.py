@@ -8,7 +8,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._library.custom_ops import CustomOpDef
 
@@ -64,14 +63,13 @@ def primitives(backend: str, x: Tensor) -> Any:
     return _PRIMITIVES[backend] if traced else _FUNCTIONS[backend]
 
 
-def dense_product(
-    backend: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False
-) -> Tensor:
-    """``x W^T + bias``, or ``x W`` if transposed, for a frozen ``weight`` ``[N, K]``: the base layer's part.
+def add_base_product(backend: str, y: Tensor, x: Tensor, weight: Tensor, transposed: bool = False) -> None:
+    """``y += x W^T``, or ``x W`` if transposed, in place, for a frozen ``weight`` ``[N, K]``: the base layer's part.
 
-    PyTorch's own product, but for half precision on a CPU without instructions for it, which PyTorch emulates.
+    PyTorch's own product, which hides the read of y, but for half precision on a CPU without instructions for it,
+    which PyTorch emulates.
     """
     if backend == "eager" and eager.widens(x):
-        product = primitives(backend, x).grouped_gemm
-        return product(x, weight[None], None if bias is None else bias[None], transposed)
-    return x @ weight if transposed else F.linear(x, weight, bias)
+        y.add_(primitives(backend, x).grouped_gemm(x, weight[None], None, transposed))
+    else:
+        y.addmm_(x, weight if transposed else weight.t())

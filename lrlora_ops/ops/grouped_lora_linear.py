@@ -55,8 +55,8 @@ class GroupedLoRALinearFunction(torch.autograd.Function):
         if weight is None:
             y = ops.expand(u, lora_B, ranks, scaling, gate, components, group_offsets, base)
         else:
-            y = ops.grouped_gemm(x, weight, bias, transposed, group_offsets, source)
-            ops.expand_(y, u, lora_B, ranks, scaling, gate, components, group_offsets)
+            low_rank = (u, lora_B, ranks, scaling, gate, components)
+            y = ops.grouped_gemm(x, weight, bias, transposed, group_offsets, source, *low_rank)
         ctx.save_for_backward(
             *(x, lora_A, lora_B, gate, route_weights, weight, bias, ranks, components, group_offsets),
             *(token_index, row_order, row_position, u),
@@ -97,11 +97,13 @@ class GroupedLoRALinearFunction(torch.autograd.Function):
             v_weighted = _weighted(v, row_weights)
             d_a = ops.gram(v_weighted, x, ranks, lora_A.shape[0], scaling, lora_A.dtype, gate, *owners, x_source)
         if needs_x or needs_route:
+            low_rank = (v, lora_A, ranks, scaling, gate, components)
             if weight is None:
-                d_rows = x.new_zeros(u.shape[0], x.shape[1])
+                d_rows = ops.expand(*low_rank, group_offsets)
             else:
-                d_rows = ops.grouped_gemm(dy_lora, weight, None, not ctx.transposed, group_offsets, dy_source)
-            ops.expand_(d_rows, v, lora_A, ranks, scaling, gate, *owners)
+                d_rows = ops.grouped_gemm(
+                    dy_lora, weight, None, not ctx.transposed, group_offsets, dy_source, *low_rank
+                )
             if row_weights is not None:
                 inner = _inner_products(d_rows, x, x_source) + _bias_products(dy_lora, bias, group_offsets, dy_source)
                 d_route = inner[row_position].to(row_weights.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrlora_ops import _checks
 from lrlora_ops.ops._autocast import autocast_operands, without_autocast
-from lrlora_ops.ops._backends import dense_product, primitives, resolve_backend
+from lrlora_ops.ops._backends import add_base_product, primitives, resolve_backend
 from lrlora_ops.ops._backward import differentiable_once
 from lrlora_ops.reference import lora_linear_reference
 
@@ -37,11 +37,10 @@ class LoRALinearFunction(torch.autograd.Function):
         ops = primitives(backend, x)
         x_dropped = x if seed is None else ops.dropout(x, seed, dropout)
         u = ops.shrink(x_dropped, lora_A, ranks, lora_A.shape[0])
-        if weight is None:
-            y = ops.expand(u, lora_B, ranks, scaling, gate, None, None, base)
-        else:
-            y = dense_product(backend, x, weight, bias)
-            ops.expand_(y, u, lora_B, ranks, scaling, gate)
+        start = base if bias is None else bias.expand(x.shape[0], -1)
+        y = ops.expand(u, lora_B, ranks, scaling, gate, None, None, start)
+        if weight is not None:
+            add_base_product(backend, y, x, weight)
         ctx.save_for_backward(x, lora_A, lora_B, gate, weight, ranks, seed, u)
         ctx.dropout, ctx.scaling, ctx.backend = dropout, scaling, backend
         return y
@@ -72,14 +71,11 @@ class LoRALinearFunction(torch.autograd.Function):
             x_dropped = x if seed is None else ops.dropout(x, seed, ctx.dropout)
             d_a = ops.gram(v, x_dropped, ranks, lora_A.shape[0], scaling, lora_A.dtype, gate)
         if needs_x:
-            if weight is None:
-                d_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
-            else:
-                d_x = dense_product(ctx.backend, dy, weight, transposed=True)
-            if seed is None:
-                ops.expand_(d_x, v, lora_A, ranks, scaling, gate)
-            else:
-                ops.dropout_add_(d_x, ops.expand(v, lora_A, ranks, scaling, gate), seed, ctx.dropout)
+            d_x = ops.expand(v, lora_A, ranks, scaling, gate)
+            if seed is not None:
+                d_x = ops.dropout(d_x, seed, ctx.dropout)
+            if weight is not None:
+                add_base_product(ctx.backend, d_x, dy, weight, transposed=True)
         d_base = dy if needs_base else None
         return d_x, d_a, d_b if needs_b else None, d_gate if needs_gate else None, d_base, *[None] * 7
 
