@@ -13,10 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lrlora_ops import methods
 from lrlora_ops.methods import Method
 from lrlora_ops.rank_table import RankTable
 
@@ -78,6 +80,30 @@ def load(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
         policy.load_state_dict(_state_of_policy(index, state, tensors))
 
 
+def contents(path: Path) -> tuple[list[tuple[Method, list[str]]], dict[str, Any], torch.dtype]:
+    """The methods of a checkpoint with the names of their adapters, the adapters' settings, and their dtype.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: It is damaged, of a newer version, or has a method that this version does not know.
+    """
+    state, tensors = _read(path)
+    try:
+        served = [(_method(entry), list(entry["adapters"])) for entry in state["methods"]]
+        name, settings = next(iter(state["modules"].items()))
+        dtype = tensors[f"{name}.{_keys(settings)[-1]}"].dtype
+    except (KeyError, TypeError, StopIteration) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); load another checkpoint") from error
+    return served, state["modules"], dtype
+
+
+def _method(entry: Mapping[str, Any]) -> Method:
+    known = vars(methods).get(entry["method"])
+    if known is None:
+        raise ValueError(f"the checkpoint has the method {entry['method']!r}, which this version does not know")
+    return known(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry["settings"].items()})
+
+
 def _policy_state(adapters: Adapters) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """The policies' states, tensors apart from the rest."""
     tensors: dict[str, Tensor] = {}
@@ -106,8 +132,8 @@ def _keys(settings: Mapping[str, Any]) -> list[str]:
 
 def _describe(adapters: Adapters) -> list[dict[str, Any]]:
     """The methods as JSON gives them back."""
-    methods: list[tuple[Any, list[str]]] = adapters.methods
-    described = [{"method": type(m).__name__, "settings": asdict(m), "adapters": names} for m, names in methods]
+    served: list[tuple[Any, list[str]]] = adapters.methods
+    described = [{"method": type(m).__name__, "settings": asdict(m), "adapters": names} for m, names in served]
     return json.loads(json.dumps(described))
 
 
@@ -135,9 +161,9 @@ def _check(adapters: Adapters, state: Mapping[str, Any], tensors: Mapping[str, T
         if settings != here:
             raise ValueError(f"{name} is {settings} in the checkpoint and {here} in this model; {_SAME}")
         _check_tensors(name, settings, tensors)
-    methods = _describe(adapters)
-    if state["methods"] != methods:
-        raise ValueError(f"the checkpoint's methods are {state['methods']}, and here they are {methods}; {_SAME}")
+    described = _describe(adapters)
+    if state["methods"] != described:
+        raise ValueError(f"the checkpoint's methods are {state['methods']}, and here they are {described}; {_SAME}")
     for index, (method, names) in enumerate(adapters.methods):
         trial = method.policy(
             {name: _as_made(adapters.tables[name], method) for name in names if name in adapters.tables}

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lrlora_ops import _checkpoint
+from lrlora_ops._export import export
 from lrlora_ops._targets import (
     call_every_layer,
     choose_methods,
@@ -31,7 +33,7 @@ from lrlora_ops.modules._adapter import (
     silence_dead,
     unique_tables,
 )
-from lrlora_ops.modules._interface import is_experts
+from lrlora_ops.modules._interface import CHILD, is_experts
 
 
 def apply_lora(
@@ -67,6 +69,30 @@ def apply_lora(
         targets = list(method)
     found = find_targets(model, targets)
     served = choose_methods(found, method)
+    return apply_methods(
+        model, found, served, adopt=targets is None, lora_alpha=lora_alpha, dropout=dropout, dtype=dtype
+    )
+
+
+def apply_methods(
+    model: nn.Module,
+    found: Mapping[str, nn.Module],
+    served: Sequence[tuple[Method, Sequence[str]]],
+    *,
+    adopt: bool = False,
+    lora_alpha: float | None = None,
+    dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Adapters:
+    """``apply_lora`` for layers that are found already.
+
+    Args:
+        model: As there.
+        found: The layers to adapt by name, or the adapters to adopt.
+        served: Each method with the names that it serves.
+        adopt: Whether ``found`` are adapters of the model.
+        lora_alpha, dropout, dtype: As there.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         modules = {
@@ -80,7 +106,7 @@ def apply_lora(
         for parameter in trainable:
             parameter.requires_grad_()
         raise
-    if targets is not None:
+    if not adopt:
         model.requires_grad_(False)
         for name, module in modules.items():
             module.install(model, found[name])
@@ -91,6 +117,59 @@ def apply_lora(
         silence_dead(own)
     call_every_layer(model)
     return Adapters(model, modules, served)
+
+
+def load_adapter(
+    model: nn.Module, directory: str | PathLike[str], method: Method | Mapping[str, Method] | None = None
+) -> Adapters:
+    """Give a model the adapters of a checkpoint, in place: of ``Adapters.save``, or a stock LoRA of PEFT.
+
+    The first continues bit for bit, with its methods. Of the second, linear layers and the experts' parameters of
+    transformers are read, with a rank and alpha each, rank-stabilised or not, as PEFT 0.17 and later write them. The
+    outputs are PEFT's, which is not needed; the parameters are fp32.
+
+    Args:
+        model: The base model that the checkpoint was trained on.
+        directory: Holds ``lrlora_state.json``, or ``adapter_config.json`` and ``adapter_model.safetensors``.
+        method: For a LoRA of PEFT: what rules the ranks from now on; its initial rank must be the checkpoint's or
+            more. Default: a ``FixedRank`` of each adapter's own rank.
+
+    Returns:
+        What ``apply_lora`` returns; all other parameters of the model are frozen.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It is damaged, holds what cannot be represented (DoRA, biases, ...), does not fit the model, or has
+            ranks above the method's; the model is unchanged then.
+    """
+    path = Path(directory)
+    if (path / _checkpoint.STATE_FILE).exists():
+        if method is not None:
+            raise ValueError(f"{path} holds adapters with methods of their own; leave method out")
+        return _restore(model, path)
+    from lrlora_ops.integrations import peft_import
+
+    return peft_import.load(model, path, method)
+
+
+def _restore(model: nn.Module, path: Path) -> Adapters:
+    served, settings, dtype = _checkpoint.contents(path)
+    found = find_targets(model, list(settings))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapters = apply_methods(model, found, served, dtype=dtype)
+    try:
+        for name, module in adapters.modules.items():
+            module.scaling, module.dropout = settings[name]["scaling"], settings[name]["dropout"]
+            module.lora_alpha = module.scaling * module.max_rank
+        adapters.load(path)
+    except Exception:
+        for name, module in adapters.modules.items():
+            host = model.get_submodule(name)
+            replace_module(model, host, module.plain(host))
+        for parameter in trainable:
+            parameter.requires_grad_()
+        raise
+    return adapters
 
 
 def _adapter(name: str, layer: nn.Module, method: Method, **options: Any) -> RankAdapter:
@@ -286,6 +365,42 @@ class Adapters:
             replace_module(self.model, self.model.get_submodule(name), merged[name])
         self.modules, self.tables = {}, {}
         return self.model
+
+    def unadapted(self) -> nn.Module:
+        """A copy of the model without the adapters, whose parameters and buffers are the model's own.
+
+        Raises:
+            ValueError: An adapter is no other layer's.
+        """
+        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        model = copy.deepcopy(self.model, shared)
+        for name in self.modules:
+            host = model.get_submodule(name)
+            adapter: Any = host if isinstance(host, RankAdapter) else getattr(host, CHILD)
+            replace_module(model, host, adapter.plain(host))
+        return model
+
+    def export(self, directory: str | PathLike[str], format: str = "peft") -> float:
+        """Write the adapters for another library, at their ranks of now; read it back, compare, print the difference.
+
+        Args:
+            directory: New or empty; it appears whole, or not at all.
+            format: "peft": a LoRA checkpoint for ``PeftModel.from_pretrained``, experts padded to the largest of their
+                ranks, adapters of rank 0 left out; needs PEFT. "merged": a plain checkpoint of the whole model for
+                ``from_pretrained``, the updates in its weights, written and read without a second copy of the model;
+                needs transformers and accelerate.
+
+        Returns:
+            The largest difference between the outputs of a layer, as exported and as adapted here, on random inputs,
+            relative to their norm.
+
+        Raises:
+            FileExistsError: The directory holds something.
+            ImportError: The format's library is not installed.
+            RuntimeError: What was written computes something else; it is deleted.
+            ValueError: The format is unknown, an adapter has no counterpart in it, or the adapters are merged.
+        """
+        return export(self, directory, format)
 
     def callback(self) -> Any:
         """A ``transformers.TrainerCallback`` that calls ``step`` at the right moment and tells the run's length.

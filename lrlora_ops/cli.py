@@ -72,6 +72,11 @@ class DtypeName(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class FormatName(str, Enum):
+    peft = "peft"
+    merged = "merged"
+
+
 @app.callback(invoke_without_command=True)
 def lrlora(context: typer.Context) -> None:
     """LoRA whose rank is not one number."""
@@ -158,6 +163,20 @@ def finetune(
         dtype=dtype.value,
     )
     run_fine_tuning(settings, Console())
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Option(help="Hugging Face model directory that the adapter was trained on.")],
+    adapter: Annotated[Path, typer.Option(help="Directory that finetune or Adapters.save wrote, or a LoRA of PEFT.")],
+    format: Annotated[FormatName, typer.Option(help="A LoRA for PEFT, or a whole model.")] = FormatName.peft,
+    output: Annotated[Path, typer.Option(help="New directory.")] = Path("lrlora-export"),
+    dtype: Annotated[DtypeName, typer.Option(help="Of the model; auto is the checkpoint's own.")] = DtypeName.auto,
+) -> None:
+    """Write an adapter for other libraries, read it back and compare."""
+    from lrlora_ops.finetune.exported import export_adapter
+
+    export_adapter(model, adapter, output, format.value, dtype.value)
 
 
 def main() -> None:

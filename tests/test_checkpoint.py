@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lrlora_ops import FixedRank, LearnedRank, VariableRankLoRALinear, _checkpoint, apply_lora
+from lrlora_ops import FixedRank, LearnedRank, VariableRankLoRALinear, _checkpoint, apply_lora, load_adapter
 from tests._models import optimize
 
 STATE = "lrlora_state.json"
@@ -343,3 +343,44 @@ def test_adopted_modules(tmp_path):
     others.load(tmp_path)
     assert_same(snapshot(others) | {"0.weight": 0, "0.bias": 0}, snapshot(adapters) | {"0.weight": 0, "0.bias": 0})
     assert other[0].weight.requires_grad is False and other[1].weight.requires_grad
+
+
+def plain() -> nn.Module:
+    """What ``make`` adapts."""
+    model, adapters, _ = make()
+    for name, module in adapters.modules.items():
+        setattr(model, name, module.plain(module))
+    return model.requires_grad_()
+
+
+@pytest.mark.parametrize("saved_at", [4, 9])
+def test_a_plain_model_takes_up_the_run(tmp_path, saved_at):
+    """With the methods, the scaling, the dropout and the dtype that the checkpoint has."""
+    model, adapters, optimizer = make(dropout=0.3)
+    for module in adapters.modules.values():
+        module.scaling = 1.5
+    train(model, adapters, optimizer, range(saved_at))
+    adapters.save(tmp_path)
+    resumed = plain()
+    others = load_adapter(resumed, tmp_path)
+    assert_same(snapshot(others), snapshot(adapters))
+    expected = train(model, adapters, torch.optim.SGD(adapters.parameters(), lr=0.1), range(saved_at, 13))
+    assert train(resumed, others, torch.optim.SGD(others.parameters(), lr=0.1), range(saved_at, 13)) == expected
+
+
+def test_a_model_that_a_checkpoint_does_not_fit_stays_plain(tmp_path):
+    _, adapters, _ = make()
+    adapters.save(tmp_path)
+    model = plain()
+    with pytest.raises(ValueError, match="methods of their own; leave method out"):
+        load_adapter(model, tmp_path, FixedRank(2))
+    state = json.loads((tmp_path / STATE).read_text())
+    changed = {**state, "modules": {k: {**v, "features": {"": [1, 2]}} for k, v in state["modules"].items()}}
+    (tmp_path / STATE).write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="in this model"):
+        load_adapter(model, tmp_path)
+    (tmp_path / STATE).write_text(json.dumps({**state, "methods": [{**state["methods"][0], "method": "Unheard"}]}))
+    with pytest.raises(ValueError, match="'Unheard', which this version does not know"):
+        load_adapter(model, tmp_path)
+    assert all(type(layer) is nn.Linear for layer in model)
+    assert all(parameter.requires_grad for parameter in model.parameters())

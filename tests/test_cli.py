@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lrlora_ops import LearnedRank
+from lrlora_ops import LearnedRank, load_adapter
 from lrlora_ops.cli import app
 from lrlora_ops.finetune import arm as arm_module
 from lrlora_ops.finetune.arm import Arm, ArmPlan
@@ -123,11 +123,45 @@ def test_wrong_usage_is_one_line(arguments, words):
     assert_one_line(CliRunner().invoke(app, arguments.split()), words)
 
 
+def run_export(inputs, adapter, output, *options, model="llama"):
+    command = ["export", "--model", inputs / model, "--adapter", adapter, "--output", output, *options]
+    return CliRunner().invoke(app, [str(word) for word in command])
+
+
+@pytest.mark.parametrize("format", ["peft", "merged"])
+def test_export(inputs, tmp_path, format):
+    """What finetune wrote, read by the other library, computes what the adapter does."""
+    assert finetune(inputs, tmp_path / "adapter").exit_code == 0
+    result = run_export(inputs, tmp_path / "adapter", tmp_path / "out", "--format", format)
+    assert result.exit_code == 0, result.output
+    assert f"{format}, read back; layers differ from the adapters'" in result.output.replace("\n", " ")
+    (model, tokenizer), (base, _) = (load_pretrained(inputs / "llama", torch.device("cpu")) for _ in range(2))
+    load_adapter(model, tmp_path / "adapter")
+    if format == "peft":
+        peft = pytest.importorskip("peft")
+        again = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+    else:
+        again, tokenizer = load_pretrained(tmp_path / "out", torch.device("cpu"))
+    x = tokenizer(TEXT, return_tensors="pt").input_ids[:, :32]
+    with torch.no_grad():
+        torch.testing.assert_close(again(x).logits, model(x).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_export_errors_are_one_line(inputs, tmp_path):
+    assert finetune(inputs, tmp_path / "adapter").exit_code == 0
+    occupied = run_export(inputs, tmp_path / "adapter", inputs / "occupied")
+    assert_one_line(occupied, "occupied exists and is not an empty directory; give a new one")
+    assert_one_line(run_export(inputs, inputs / "no-model", tmp_path / "out"), "no-model holds no adapter_config.json")
+    other = run_export(inputs, tmp_path / "adapter", tmp_path / "out", model="qwen3_moe")
+    assert_one_line(other, "matches no|in the checkpoint and")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
 def test_help_lists_the_commands(arguments):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0
-    assert re.search(r"demo +Pretrain.*\n +finetune +Fine-tune", result.output)
+    assert re.search(r"demo +Pretrain.*\n +finetune +Fine-tune.*\n +export +Write", result.output)
 
 
 def test_output_is_refused_before_any_training_if_it_cannot_be_written(inputs, tmp_path):

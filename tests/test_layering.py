@@ -16,10 +16,15 @@ LAYERS = [
     {"ops"},
     {"modules"},
     {"methods"},
-    {"adapters", "_targets", "_checkpoint"},
+    {"adapters", "_targets", "_checkpoint", "_export"},
     {"integrations"},
 ]
-PARTS = {"_checkpoint": "adapters", "_targets": "adapters", "_live": "eager"}  # modules that are one unit with another
+PARTS = {
+    "_checkpoint": "adapters",
+    "_export": "adapters",
+    "_targets": "adapters",
+    "_live": "eager",
+}  # modules that are one unit with another
 UPWARD_ON_USE = {("adapters", "integrations")}  # Adapters.callback() and the like, inside a function
 
 OPTIONAL = ["triton", "transformers", "tokenizers", "accelerate", "peft", "typer", "rich", "matplotlib"]

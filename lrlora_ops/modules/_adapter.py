@@ -120,6 +120,29 @@ class RankAdapter(nn.Module):
         """
         raise NotImplementedError
 
+    def plain(self, host: nn.Module) -> nn.Module:
+        """What ``host``, the module that goes by the adapter's name, was before: the same weights, no adapter.
+
+        Raises:
+            ValueError: It was nothing.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def add_update(self, projection: str, weight: Tensor, transposed: bool = False) -> None:
+        """Add the update of a projection to its weight in place, expert by expert; each sum is rounded once.
+
+        Args:
+            projection: A key of ``pools``.
+            weight: ``[E, N, K]``, or ``[E, K, N]`` if ``transposed``; ``[N, K]`` of a dense layer.
+            transposed: The layout of ``weight``.
+        """
+        pool = self.pools()[projection]
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, pool.lora_A.dtype), torch.float32)
+        for expert, target in enumerate(weight[None] if weight.dim() == 2 else weight):
+            delta = pool.delta(self.table.rows_of(expert), self.scaling, dtype)
+            target.copy_(target.to(dtype) + (delta.t() if transposed else delta))
+
     @torch.no_grad()
     def reallocate(self, max_rank: int, pool_size: int) -> None:
         """Another capacity, with new components and no rank: for a state that is loaded next."""

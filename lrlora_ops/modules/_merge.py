@@ -13,7 +13,8 @@ from lrlora_ops.modules._interface import plain_forward
 from lrlora_ops.ops._autocast import without_autocast
 
 
-def check_merge(adapter: nn.Module, merged: nn.Module, weight: Tensor, update: Tensor) -> None:
+@torch.no_grad()
+def check_merge(adapter: nn.Module, merged: nn.Module, weight: Tensor, update: Tensor) -> float:
     """Compare both layers in evaluation mode on random rows, and leave their modes as they are.
 
     Args:
@@ -22,21 +23,26 @@ def check_merge(adapter: nn.Module, merged: nn.Module, weight: Tensor, update: T
         weight: ``[N, K]``, the base layer's; its dtype is what the layers compute in.
         update: fp64 ``[N, K]``, what was added to it.
 
+    Returns:
+        The norm of the difference, relative to that of the output.
+
     Raises:
         RuntimeError: The outputs differ by more than the rounding of the merged weight and of both terms of the sum.
     """
     probe = torch.randn(16, weight.shape[1], device=weight.device, dtype=weight.dtype)
     with _evaluating(adapter, merged), without_autocast(weight.device):
         actual, expected = merged(probe).double(), adapter(probe).double()
-    _compare(actual, expected, weight, (probe.double() @ update.t()).norm())
+    return _compare(actual, expected, weight, (probe.double() @ update.t()).norm())
 
 
-def check_merged_experts(experts: Any, merged: Any) -> None:
+@torch.no_grad()
+def check_merged_experts(experts: Any, merged: Any, inner: Any = None) -> float:
     """Compare adapted and merged experts on random tokens that all experts get, as ``check_merge`` does.
 
     Args:
         experts: The adapted experts module of transformers.
         merged: The one that shall replace it.
+        inner: The plain experts module within it, if that is wrapped.
 
     Raises:
         RuntimeError: The outputs differ by more than rounding.
@@ -48,9 +54,9 @@ def check_merged_experts(experts: Any, merged: Any) -> None:
     ones = torch.ones_like(index, dtype=weight.dtype)
     with _evaluating(experts, merged), without_autocast(weight.device):
         expected = experts(tokens, index, ones).double()
-        with plain_forward(experts), plain_forward(merged):
+        with plain_forward(experts), plain_forward(merged if inner is None else inner):
             actual, base = (module(tokens, index, ones).double() for module in (merged, experts))
-    _compare(actual, expected, weight, (expected - base).norm())
+    return _compare(actual, expected, weight, (expected - base).norm())
 
 
 @contextmanager
@@ -65,7 +71,7 @@ def _evaluating(*roots: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _compare(actual: Tensor, expected: Tensor, weight: Tensor, update: Tensor) -> None:
+def _compare(actual: Tensor, expected: Tensor, weight: Tensor, update: Tensor) -> float:
     difference = (actual - expected).norm()
     allowed = _rounding(weight) * (expected.norm() + update)
     if not difference <= allowed:
@@ -73,6 +79,7 @@ def _compare(actual: Tensor, expected: Tensor, weight: Tensor, update: Tensor) -
             f"the merged layer differs from the adapter's forward by {difference:.3g} (allowed {allowed:.3g}); the "
             "adapter was not merged. Is there a NaN in it, or does the base layer transform its weight?"
         )
+    return float(difference / expected.norm()) if difference else 0.0
 
 
 def _rounding(weight: Tensor) -> float:

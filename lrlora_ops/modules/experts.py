@@ -102,6 +102,9 @@ class VariableRankLoRAExperts(RankAdapter):
     def merge_into(self, host: nn.Module) -> nn.Module:
         return self.merge(host)
 
+    def plain(self, host: nn.Module) -> nn.Module:
+        return detach(host, host)
+
     def set_ranks(self, ranks: Sequence[int] | Tensor) -> None:
         """Give every expert a new rank, in all its projections. Components that become live start with ``b = 0``:
         growing leaves the output bit-identical.
@@ -168,11 +171,7 @@ class VariableRankLoRAExperts(RankAdapter):
         """
         merged = detach(copy.deepcopy(experts), experts)
         for name in self.projections:
-            weight = getattr(merged, name)
-            for expert in range(self.table.num_experts):
-                delta = self.delta_weight(name, expert, torch.promote_types(weight.dtype, torch.float32))
-                target = weight[expert].t() if experts.is_transposed else weight[expert]
-                target.copy_(target.to(delta.dtype) + delta)
+            self.add_update(name, getattr(merged, name), experts.is_transposed)
         check_merged_experts(experts, merged)
         return merged
 

@@ -141,8 +141,7 @@ class VariableRankLoRAGroupedLinear(RankAdapter, ComponentPool):
             device="meta",
         )
         weight = self.weight.clone()
-        for expert in range(self.table.num_experts):
-            weight[expert] += self.delta_weight(expert).to(weight.dtype)
+        self.add_update("", weight)
         merged.to_empty(device=weight.device)
         merged.weight, merged.bias = nn.Parameter(weight, False), self.bias
         merged.table.reallocate(0, 0)
@@ -150,6 +149,9 @@ class VariableRankLoRAGroupedLinear(RankAdapter, ComponentPool):
 
     def merge_into(self, host: nn.Module) -> nn.Module:
         return self.merge()
+
+    def plain(self, host: nn.Module) -> nn.Module:
+        raise ValueError("a VariableRankLoRAGroupedLinear is no other layer's adapter; merge it")
 
     def extra_repr(self) -> str:
         return (

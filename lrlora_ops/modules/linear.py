@@ -192,6 +192,20 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
             ValueError: The base layer has no plain floating-point weight ``[N, K]`` to add to.
             RuntimeError: The merged layer's output differs from the adapter's.
         """
+        weight = self.plain_weight()
+        merged: Any = self.plain(self) if self.base_layer is None else copy.deepcopy(self.base_layer)
+        updated = weight.detach().clone()
+        self.add_update("", updated)
+        merged.weight = nn.Parameter(updated, False) if isinstance(weight, nn.Parameter) else updated
+        check_merge(self, merged, weight, self.delta_weight(torch.float64))
+        return merged
+
+    def plain_weight(self) -> Tensor:
+        """``[N, K]``: the weight that the update can be added to.
+
+        Raises:
+            ValueError: The base layer has no plain floating-point weight.
+        """
         weight: Any = self.weight if self.base_layer is None else getattr(self.base_layer, "weight", None)
         shape = (self.out_features, self.in_features)
         if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in _FLOATING or weight.shape != shape:
@@ -199,17 +213,7 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
                 f"the base layer has no plain floating-point weight of shape {shape} to merge into; "
                 "keep the adapter beside it, or wrap the unquantised layer"
             )
-        if self.base_layer is None:
-            merged: Any = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-            merged.bias = self.bias
-            merged.train(self.training)
-        else:
-            merged = copy.deepcopy(self.base_layer)
-        dtype = torch.promote_types(torch.promote_types(weight.dtype, self.lora_A.dtype), torch.float32)
-        updated = (weight.to(dtype) + self.delta_weight(dtype)).to(weight.dtype)
-        merged.weight = nn.Parameter(updated, False) if isinstance(weight, nn.Parameter) else updated
-        check_merge(self, merged, weight, self.delta_weight(torch.float64))
-        return merged
+        return weight
 
     @torch.no_grad()
     def resize(self, max_rank: int) -> None:
@@ -228,6 +232,13 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
 
     def merge_into(self, host: nn.Module) -> nn.Module:
         return self.merge()
+
+    def plain(self, host: nn.Module) -> nn.Module:
+        if self.base_layer is not None:
+            return self.base_layer
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        layer.weight, layer.bias = self.weight, self.bias  # type: ignore[assignment]
+        return layer.train(self.training)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, max_rank={self.max_rank}"
