@@ -65,7 +65,16 @@ class Case:
 def cases(device: torch.device, quick: bool = False) -> list[Case]:
     """All cases for a device, the main ones first; or a tiny one that shows that the suite runs."""
     if quick:
-        return [Case(Shape("tiny", "q_proj", 64, 96, 80), torch.float32, 8, (8, 3), ("PEFT", "eager"), effort=0.05)]
+        return [
+            Case(
+                Shape("tiny", "q_proj", 64, 96, 80),
+                torch.float32,
+                8,
+                (8, 3),
+                ("PEFT", "PEFT, accelerated", "eager"),
+                effort=0.05,
+            )
+        ]
     if device.type == "cuda":
         peers: tuple[str, ...] = ("PEFT", "eager", "addmm", "compile")
         first = LONG_SHAPES[0]
@@ -79,4 +88,5 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     selected = [Case(shape, torch.float32, rank, (rank,), peers) for shape, rank in sizes]
     # Without matrix instructions for bf16 its base product takes several times longer.
     selected += [Case(replace(shape, M=shape.M // 4), torch.bfloat16, rank, (rank,), peers) for shape, rank in sizes]
+    selected[0] = replace(selected[0], peers=(*peers, "PEFT, accelerated"))
     return [*selected, Case(CPU_SHAPES[0], torch.float32, *_DEAD, ("PEFT",))]

@@ -106,7 +106,7 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     """All cases for a device, the main ones first; or a tiny one that shows that the suite runs."""
     if quick:
         tiny = ExpertsShape("tiny", 40, 6, 2, 24, 16)
-        return [Case(tiny, torch.float32, "uniform", ("PEFT", "base, eager"), 0.05)]
+        return [Case(tiny, torch.float32, "uniform", ("PEFT", "PEFT, accelerated", "base, eager"), 0.05)]
     peers = ("base, eager", "PEFT")
     if device.type == "cuda":
         layers = [make(tokens) for tokens in (4096, 8192, 32768) for make in (olmoe, qwen3, mixtral)]
@@ -117,6 +117,8 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     training = partial(Case, modes=(FORWARD_BACKWARD,))  # a round of them all takes up to a minute
     layers = [make(tokens) for tokens in (1024, 256, 4096) for make in (olmoe, qwen3)]
     selected = [training(layer, dtype, "uniform", peers) for layer in layers for dtype in DTYPES_ON_CPU]
+    accelerated = ("PEFT", "PEFT, accelerated")
+    selected += [training(olmoe(512), dtype, "uniform", accelerated) for dtype in DTYPES_ON_CPU]
     padded = ("lrlora, padded",)
     selected += [training(olmoe(1024), torch.float32, ranks, padded) for ranks in ("bimodal", "zipf", "one")]
     sweep = [ExpertsShape("sweep", 512, experts, 8, 1024, 512) for experts in (8, 32, 128, 256)]

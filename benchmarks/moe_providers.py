@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.providers import SCALING, Provider, Unavailable, compare
+from benchmarks.providers import SCALING, Provider, Unavailable, accelerate_all, compare
 from benchmarks.shapes import ExpertsShape
 from lrlora_ops import VariableRankLoRAExperts
 
@@ -121,8 +121,8 @@ def lrlora(problem: ExpertsProblem, padded: bool) -> Provider:
     return Provider(problem, Routed(experts, problem), most, leaves, canonical, state)  # type: ignore[arg-type]
 
 
-def peft(problem: ExpertsProblem, implementation: str) -> Provider:
-    """PEFT's LoRA of expert parameters, which has one rank for all experts."""
+def peft(problem: ExpertsProblem, implementation: str, accelerated: bool = False) -> Provider:
+    """PEFT's LoRA of expert parameters, which has one rank for all experts; on this library's ops if asked."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -135,6 +135,8 @@ def peft(problem: ExpertsProblem, implementation: str) -> Provider:
         r=rank, lora_alpha=int(SCALING * rank), target_parameters=[f"experts.{name}" for name in _PROJECTIONS]
     )
     inject_adapter_in_model(config, model)
+    if accelerated:
+        accelerate_all(model)
     found = {n.rpartition(".lora_")[0]: None for n, _ in model.named_parameters() if ".lora_" in n}
     outer, inner = sorted(found, key=len)  # the outer wrapper is down_proj's
     leaves: dict[str, Tensor] = {"route": problem.route}
@@ -160,6 +162,7 @@ BUILDERS: dict[str, Callable[[ExpertsProblem], Provider]] = {
     "lrlora": lambda problem: lrlora(problem, padded=False),
     "lrlora, padded": lambda problem: lrlora(problem, padded=True),
     "PEFT": lambda problem: peft(problem, "grouped_mm"),
+    "PEFT, accelerated": lambda problem: peft(problem, "grouped_mm", accelerated=True),
     "PEFT, eager": lambda problem: peft(problem, "eager"),
 }
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,8 +117,8 @@ def lrlora(problem: Problem, rank: int) -> Provider:
     return Provider(problem, layer, rank, leaves, state=(layer.table.train_ranks,))
 
 
-def peft(problem: Problem, rank: int) -> Provider:
-    """PEFT's LoRA layer, its adapter in the base layer's dtype like all others here."""
+def peft(problem: Problem, rank: int, accelerated: bool = False) -> Provider:
+    """PEFT's LoRA layer, its adapter in the base layer's dtype like all others here; on this library's ops if asked."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -125,6 +126,8 @@ def peft(problem: Problem, rank: int) -> Provider:
     config = LoraConfig(r=rank, lora_alpha=int(SCALING * rank), target_modules=["layer"])
     model = nn.ModuleDict({"layer": _linear(problem)})
     inject_adapter_in_model(config, model)
+    if accelerated:
+        accelerate_all(model)
     layer: Any = model["layer"]
     lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     with torch.no_grad():
@@ -132,6 +135,15 @@ def peft(problem: Problem, rank: int) -> Provider:
         lora_b.copy_(problem.lora_B[:rank].t())
     leaves = {"lora_A": lora_a, "lora_B": lora_b}
     return Provider(problem, layer, rank, leaves, lambda name, result: result.t() if name == "lora_B" else result)
+
+
+def accelerate_all(model: nn.Module) -> None:
+    """Every LoRA layer of PEFT on this library's ops."""
+    from lrlora_ops.integrations.peft import accelerate
+
+    result = accelerate(model)
+    if result.left:
+        raise Unavailable(str(result))
 
 
 class PlainLoRA(nn.Module):
@@ -180,6 +192,7 @@ BUILDERS: dict[str, Callable[[Problem, int], Provider]] = {
     "base": base,
     "lrlora": lrlora,
     "PEFT": peft,
+    "PEFT, accelerated": partial(peft, accelerated=True),
     "eager": eager,
     "addmm": addmm,
     "compile": compiled,

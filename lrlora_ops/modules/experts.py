@@ -132,30 +132,10 @@ class VariableRankLoRAExperts(RankAdapter):
             top_k_weights: ``[T, k]``.
         """
         ranks, gates = self.running()
-        up, down = (
-            ExpertLinear(
-                weight=getattr(experts, name),
-                lora_A=pool.lora_A,
-                lora_B=pool.lora_B,
-                gate=gate,
-                bias=getattr(experts, f"{name}_bias") if experts.has_bias else None,
-                transposed=experts.is_transposed,
-            )
-            for (name, pool), gate in zip(self.pools().items(), gates, strict=True)
-        )
-        return moe_lora_mlp(
-            hidden,
-            top_k_index,
-            top_k_weights,
-            up,
-            down,
-            self.table,
-            activation=experts._apply_gate if experts.has_gate else experts.act_fn,
-            post=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
-            scaling=self.scaling,
-            ranks=ranks,
-            demand=self.table.demand if self.training else None,
-        )
+        pools = [(pool.lora_A, pool.lora_B, gate) for pool, gate in zip(self.pools().values(), gates, strict=True)]
+        demand = self.table.demand if self.training else None
+        routed = (hidden, top_k_index, top_k_weights)
+        return run_experts(experts, *routed, pools, self.table, scaling=self.scaling, ranks=ranks, demand=demand)
 
     def delta_weight(self, projection: str, expert: int, dtype: torch.dtype | None = None) -> Tensor:
         """``[N, K]``: the update of one projection of one expert, whatever layout the experts' weights have."""
@@ -177,3 +157,45 @@ class VariableRankLoRAExperts(RankAdapter):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.table.num_experts}, max_rank={self.max_rank}, pool_size={self.table.pool_size}"
+
+
+def run_experts(
+    experts: Any,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    pools: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    table: RankTable,
+    **options: Any,
+) -> Tensor:
+    """``moe_lora_mlp`` of an experts module of transformers, ``[T, H] -> [T, H]``.
+
+    Args:
+        experts: Says its layout and has the weights.
+        hidden, top_k_index, top_k_weights: As the module gets them.
+        pools: lora_A ``[R, K]``, lora_B ``[R, N]`` and gate ``[R]`` or None of the first and of the second projection.
+        table: Which expert owns which pool rows.
+        options: As ``moe_lora_mlp`` has them.
+    """
+    up, down = (
+        ExpertLinear(
+            weight=getattr(experts, name),
+            lora_A=lora_A,
+            lora_B=lora_B,
+            gate=gate,
+            bias=getattr(experts, f"{name}_bias") if experts.has_bias else None,
+            transposed=experts.is_transposed,
+        )
+        for name, (lora_A, lora_B, gate) in zip(expert_projections(experts), pools, strict=True)
+    )
+    return moe_lora_mlp(
+        hidden,
+        top_k_index,
+        top_k_weights,
+        up,
+        down,
+        table,
+        activation=experts._apply_gate if experts.has_gate else experts.act_fn,
+        post=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+        **options,
+    )

@@ -113,7 +113,7 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
         return self
 
     def _adopt(self, layer: nn.Module) -> None:
-        plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not _is_customised(layer)
+        plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not is_customised(layer)
         self.base_layer = None if plain else layer
         self.register_parameter("weight", layer.weight if plain else None)  # type: ignore[arg-type]
         self.register_parameter("bias", layer.bias if plain else None)  # type: ignore[arg-type]
@@ -244,6 +244,6 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
         return f"in_features={self.in_features}, out_features={self.out_features}, max_rank={self.max_rank}"
 
 
-def _is_customised(layer: nn.Module) -> bool:
+def is_customised(layer: nn.Module) -> bool:
     """Whether the layer has hooks or a forward of its own, as accelerate gives it: only calling it heeds them."""
     return "forward" in vars(layer) or any(value for key, value in vars(layer).items() if key.endswith("_hooks"))
