@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -50,15 +51,18 @@ def save(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
         "methods": _describe(adapters),
         "policies": policies,
     }
-    save_file(tensors, path / tensor_file)
-    _sync(path / tensor_file)
-    draft = path / f"{tensor_file}.json"
-    draft.write_text(json.dumps(state, indent=1))
-    _sync(draft)
-    draft.replace(path / STATE_FILE)
-    _sync(path)
+    draft = path / tensor_file.removesuffix(".safetensors")
+    draft.mkdir()  # safetensors, too, begins with a file of another name
+    save_file(tensors, draft / tensor_file)
+    (draft / STATE_FILE).write_text(json.dumps(state, indent=1))
+    for file in (tensor_file, STATE_FILE):
+        _sync(draft / file)
+        (draft / file).replace(path / file)
+        _sync(path)
     for old in path.glob("lrlora_adapters-*"):
-        if old.name != tensor_file:
+        if old.is_dir():
+            shutil.rmtree(old)
+        elif old.name != tensor_file:
             old.unlink()
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,7 +283,7 @@ OTHERS = {
         {},
         "the checkpoint lacks the adapter gate; call apply_lora",
     ),
-    "another width": (None, {"width": 20}, "up is .*\[16, 12\].*in the checkpoint and .*\[20, 12\]"),
+    "another width": (None, {"width": 20}, r"up is .*\[16, 12\].*in the checkpoint and .*\[20, 12\]"),
     "another dropout": (None, {"dropout": 0.0}, "'dropout': 0.2.*in the checkpoint"),
     "another method": (None, {"method": FixedRank(6)}, "the checkpoint's methods are .*LearnedRank.*here they are"),
     "other settings": (
@@ -384,3 +387,51 @@ def test_a_model_that_a_checkpoint_does_not_fit_stays_plain(tmp_path):
         load_adapter(model, tmp_path)
     assert all(type(layer) is nn.Linear for layer in model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+KILLS = """
+import os, random, signal, time
+import torch
+from torch import nn
+from lrlora_ops import LearnedRank, apply_lora
+
+model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+adapters = apply_lora(model, LearnedRank(4, 8, total_steps=10), "all-linear")
+
+def save(number):
+    for parameter in adapters.parameters():
+        parameter.data.fill_(number)
+    adapters.save("checkpoint")
+
+random.seed(0)
+save(0)
+seen = set()
+for trial in range(100):
+    child = os.fork()
+    if not child:
+        for number in range(1000 * trial, 10**9):
+            save(number)
+    time.sleep(random.uniform(0, 0.05))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    for parameter in adapters.parameters():
+        parameter.data.fill_(torch.nan)
+    adapters.load("checkpoint")
+    values = torch.cat([parameter.data.flatten() for parameter in adapters.parameters()]).unique()
+    assert len(values) == 1 and not values.isnan().any(), values
+    seen.add(values.item())
+save(-1)
+print(len(seen), "states,", len(os.listdir("checkpoint")), "files")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_hundred_kills_at_random_moments(tmp_path):
+    """After each, the checkpoint is whole: one save's tensors, all of them. A save clears what the kills left."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", KILLS]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    states, files = (int(word.split()[0]) for word in finished.stdout.split(","))
+    assert states > 50, "the children were killed before they saved anything"
+    assert files == 2
