@@ -1,6 +1,7 @@
 """lrlora_ops: kernels and modules for LoRA whose rank is not one number."""
 
-from lrlora_ops.adapters import Adapters, apply_lora, load_adapter
+from lrlora_ops.adapters import Adapters
+from lrlora_ops.apply import apply_lora, load_adapter
 from lrlora_ops.methods import DynamicRank, FixedRank, LearnedRank
 from lrlora_ops.modules import VariableRankLoRAExperts, VariableRankLoRAGroupedLinear, VariableRankLoRALinear
 from lrlora_ops.ops import ExpertLinear, grouped_lora_linear, lora_linear, moe_lora_mlp

@@ -16,13 +16,14 @@ LAYERS = [
     {"ops"},
     {"modules"},
     {"methods"},
-    {"adapters", "_targets", "_checkpoint", "_export"},
+    {"adapters"},
     {"integrations"},
 ]
 PARTS = {
     "_checkpoint": "adapters",
     "_export": "adapters",
     "_targets": "adapters",
+    "apply": "adapters",
     "_live": "eager",
 }  # modules that are one unit with another
 UPWARD_ON_USE = {("adapters", "integrations")}  # Adapters.callback() and the like, inside a function

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lrlora_ops._targets import choose_methods, find_targets
-from lrlora_ops.adapters import Adapters, apply_methods
+from lrlora_ops.adapters import Adapters
+from lrlora_ops.apply import apply_methods
 from lrlora_ops.integrations._peft_layout import expert_components, is_swapped
 from lrlora_ops.methods import FixedRank, Method
 from lrlora_ops.modules._adapter import RankAdapter

@@ -1,0 +1,176 @@
+"""apply_lora and load_adapter: a model gets its adapters, new ones or a checkpoint's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrlora_ops import _checkpoint
+from lrlora_ops._targets import call_every_layer, choose_methods, find_adapters, find_targets
+from lrlora_ops.adapters import Adapters
+from lrlora_ops.methods import Method
+from lrlora_ops.modules import VariableRankLoRAExperts, VariableRankLoRALinear
+from lrlora_ops.modules._adapter import RankAdapter, replace_module, set_ranks, silence_dead, unique_tables
+from lrlora_ops.modules._interface import is_experts
+
+
+def apply_lora(
+    model: nn.Module,
+    method: Method | Mapping[str, Method],
+    targets: str | Sequence[str] | None = None,
+    *,
+    lora_alpha: float | None = None,
+    dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Adapters:
+    """Give layers of a model an adapter each, in place, and a method that rules their ranks.
+
+    Args:
+        model: Any ``nn.Module``. With ``targets`` all its parameters are frozen but the adapters'.
+        method: ``FixedRank``, ``LearnedRank``, ...; or patterns and the method of each, first match wins.
+        targets: "all-linear" (every ``nn.Linear`` but the output embeddings), "experts" (every experts module of
+            transformers' Mixture-of-Experts layers), a name or glob such as ``q_proj`` or ``model.layers.*.mlp.*``
+            (matched against the whole name or its end from a dot on), or several. None adopts the adapters that the
+            model already has, sets their rank to the method's, and freezes nothing; if it has none and ``method`` is
+            a mapping, its patterns are the targets: ``{"experts": DynamicRank(), "all-linear": LearnedRank()}``.
+        lora_alpha: Of new adapters; default ``2 * max_rank``.
+        dropout: Of new adapters of linear layers; experts have none.
+        dtype: Of the new adapters' parameters; default fp32.
+
+    Returns:
+        The handle for training, saving and merging.
+
+    Raises:
+        ValueError: A target matches nothing, or a setting does not fit; the model is unchanged then.
+    """
+    if targets is None and isinstance(method, Mapping) and not find_adapters(model):
+        targets = list(method)
+    found = find_targets(model, targets)
+    served = choose_methods(found, method)
+    return apply_methods(
+        model, found, served, adopt=targets is None, lora_alpha=lora_alpha, dropout=dropout, dtype=dtype
+    )
+
+
+def apply_methods(
+    model: nn.Module,
+    found: Mapping[str, nn.Module],
+    served: Sequence[tuple[Method, Sequence[str]]],
+    *,
+    adopt: bool = False,
+    lora_alpha: float | None = None,
+    dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Adapters:
+    """``apply_lora`` for layers that are found already.
+
+    Args:
+        model: As there.
+        found: The layers to adapt by name, or the adapters to adopt.
+        served: Each method with the names that it serves.
+        adopt: Whether ``found`` are adapters of the model.
+        lora_alpha, dropout, dtype: As there.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        modules = {
+            name: _adapter(name, found[name], chosen, lora_alpha=lora_alpha, dropout=dropout, dtype=dtype)
+            for chosen, names in served
+            for name in names
+        }
+        for chosen, names in served:  # on copies: it may raise, and it may set ranks
+            chosen.policy(copy.deepcopy(unique_tables({name: modules[name] for name in names})))
+    except Exception:
+        for parameter in trainable:
+            parameter.requires_grad_()
+        raise
+    if not adopt:
+        model.requires_grad_(False)
+        for name, module in modules.items():
+            module.install(model, found[name])
+    for chosen, names in served:
+        own = [modules[name] for name in names]
+        for table in unique_tables(dict(zip(names, own, strict=True))).values():
+            set_ranks(own, table, [chosen.initial_rank] * table.num_experts)
+        silence_dead(own)
+    call_every_layer(model)
+    return Adapters(model, modules, served)
+
+
+def load_adapter(
+    model: nn.Module, directory: str | PathLike[str], method: Method | Mapping[str, Method] | None = None
+) -> Adapters:
+    """Give a model the adapters of a checkpoint, in place: of ``Adapters.save``, or a stock LoRA of PEFT.
+
+    The first continues bit for bit, with its methods. Of the second, linear layers and the experts' parameters of
+    transformers are read, with a rank and alpha each, rank-stabilised or not, as PEFT 0.17 and later write them. The
+    outputs are PEFT's, which is not needed; the parameters are fp32.
+
+    Args:
+        model: The base model that the checkpoint was trained on.
+        directory: Holds ``lrlora_state.json``, or ``adapter_config.json`` and ``adapter_model.safetensors``.
+        method: For a LoRA of PEFT: what rules the ranks from now on; its initial rank must be the checkpoint's or
+            more. Default: a ``FixedRank`` of each adapter's own rank.
+
+    Returns:
+        What ``apply_lora`` returns; all other parameters of the model are frozen.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It is damaged, holds what cannot be represented (DoRA, biases, ...), does not fit the model, or has
+            ranks above the method's; the model is unchanged then.
+    """
+    path = Path(directory)
+    if (path / _checkpoint.STATE_FILE).exists():
+        if method is not None:
+            raise ValueError(f"{path} holds adapters with methods of their own; leave method out")
+        return _restore(model, path)
+    from lrlora_ops.integrations import peft_import
+
+    return peft_import.load(model, path, method)
+
+
+def _restore(model: nn.Module, path: Path) -> Adapters:
+    served, settings, dtype = _checkpoint.contents(path)
+    found = find_targets(model, list(settings))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapters = apply_methods(model, found, served, dtype=dtype)
+    try:
+        for name, module in adapters.modules.items():
+            module.scaling, module.dropout = settings[name]["scaling"], settings[name]["dropout"]
+            module.lora_alpha = module.scaling * module.max_rank
+        adapters.load(path)
+    except Exception:
+        for name, module in adapters.modules.items():
+            host = model.get_submodule(name)
+            replace_module(model, host, module.plain(host))
+        for parameter in trainable:
+            parameter.requires_grad_()
+        raise
+    return adapters
+
+
+def _adapter(name: str, layer: nn.Module, method: Method, **options: Any) -> RankAdapter:
+    """The layer itself if it is an adapter, or a new one for it."""
+    if isinstance(layer, RankAdapter):
+        if layer.max_rank < method.initial_rank:
+            raise ValueError(
+                f"{name} has max_rank {layer.max_rank}, but the method needs {method.initial_rank}; make the layer "
+                "larger with resize, or lower the method's rank"
+            )
+        return layer
+    options |= {"max_rank": method.max_rank, "rank": method.initial_rank}
+    try:
+        if not is_experts(layer):
+            return VariableRankLoRALinear.from_linear(layer, **options)
+        if options.pop("dropout"):
+            raise ValueError("experts have no dropout; leave it 0, or leave the experts out of targets")
+        return VariableRankLoRAExperts.for_experts(layer, pool_rank=getattr(method, "pool_rank", None), **options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
