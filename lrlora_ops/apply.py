@@ -109,7 +109,7 @@ def load_adapter(
     """Give a model the adapters of a checkpoint, in place: of ``Adapters.save``, or a stock LoRA of PEFT.
 
     The first continues bit for bit, with its methods. Of the second, linear layers and the experts' parameters of
-    transformers are read, with a rank and alpha each, rank-stabilised or not, as PEFT 0.17 and later write them. The
+    transformers are read, with a rank and alpha each, rank-stabilised or not, as PEFT 0.18 and later write them. The
     outputs are PEFT's, which is not needed; the parameters are fp32.
 
     Args:

@@ -7,7 +7,7 @@ on a CPU, and dead components are skipped. Each function is a custom op, so that
 Where the CPU has no instructions for half precision, rows are widened to fp32 in blocks that stay in a core's cache.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -272,45 +272,23 @@ def grouped_gemm(
     biases = [None] * len(matrices) if bias is None else bias.unbind()
     y = x.new_empty(num_rows, matrices[0].shape[1])
     y[work.num_rows :] = 0
-    gemm = _gemm if compute == x.dtype else _widened_gemm
-    gemm(y, _Rows(x, work, row_index), matrices, biases, gated, pool, work)
+    rows, y_rows = _Rows(x, work, row_index), work.rows(y)
+    if compute == x.dtype:
+        _expand_rows(y, gated, pool, work, is_set=False)
+        for expert in work.experts:
+            _add_product(y_rows[expert.index], rows[expert], matrices[expert.index], biases[expert.index])
+    else:
+        columns = work.columns(gated)
+        for expert in work.experts:
+            own = (rows[expert], y_rows[expert.index], *columns[expert.index])
+            _widened_product(own, matrices[expert.index], biases[expert.index], pool[expert])
     return y
 
 
-def _gemm(
-    y: Tensor,
-    x: _Rows,
-    matrices: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    gated: Tensor,
-    pool: _Pool,
-    work: Work,
-) -> None:
-    """``y = x @ matrix + bias`` for each expert's matrix ``[K, N]``, onto its low-rank product."""
-    _expand_rows(y, gated, pool, work, is_set=False)
-    y_rows = work.rows(y)
-    for expert in work.experts:
-        out, bias = y_rows[expert.index], biases[expert.index]
-        if bias is not None:
-            out.add_(bias)
-        out.addmm_(x[expert], matrices[expert.index])
-
-
-def _widened_gemm(
-    y: Tensor,
-    x: _Rows,
-    matrices: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    gated: Tensor,
-    pool: _Pool,
-    work: Work,
-) -> None:
-    """The same, with the sums in fp32."""
-    y_rows, columns = work.rows(y), work.columns(gated)
-    for expert in work.experts:
-        index = expert.index
-        rows = (x[expert], y_rows[index], *columns[index])
-        _widened_product(rows, matrices[index], biases[index], pool[expert])
+def _add_product(y: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None) -> None:
+    if bias is not None:
+        y.add_(bias)
+    y.addmm_(x, matrix)
 
 
 def _widened_product(rows: tuple[Tensor, ...], matrix: Tensor, bias: Tensor | None, segments: list[Tensor]) -> None:
