@@ -134,6 +134,14 @@ def test_training_goes_on(method, tmp_path):
     assert not torch.equal(logits(plain), expected)
 
 
+def test_dropout_goes_on(tmp_path):
+    """What PEFT's config says; its experts have none."""
+    plain = tiny("olmoe")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.25, init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(plain), config).save_pretrained(tmp_path)
+    assert {module.dropout for module in load_adapter(plain, tmp_path).modules.values()} == {0.25}
+
+
 def test_one_projection_alone(tmp_path):
     """PEFT may adapt one of the experts' parameters; then its wrapper is not nested."""
     for parameter in ("gate_up_proj", "down_proj"):

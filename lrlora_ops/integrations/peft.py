@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import Tensor, nn
 
 from lrlora_ops.integrations._peft_layout import expert_components, is_swapped
-from lrlora_ops.modules._interface import expert_projections, is_experts
+from lrlora_ops.modules._interface import expert_features, expert_projections, is_experts
 from lrlora_ops.modules.experts import run_experts
 from lrlora_ops.modules.linear import is_customised
 from lrlora_ops.ops import lora_linear
@@ -172,17 +172,16 @@ def _pool(components: Tensor, rank: int) -> Tensor:
 def _components(wrapper: Any, adapter: str | None, experts: Any) -> tuple[Tensor, Tensor]:
     """a ``[E, r, K]`` and b ``[E, r, N]`` of a wrapped parameter; b has the scaling in it."""
     lora_a, lora_b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-    num_experts, *sizes = wrapper.get_param().shape
-    in_features, out_features = sizes if experts.is_transposed else sizes[::-1]
-    swapped = is_swapped(lora_a.shape[1], in_features, out_features, experts.is_transposed, peft.__version__)
-    a, b = expert_components(lora_a, lora_b, num_experts, swapped)
+    features = expert_features(experts, wrapper.parameter_name)
+    swapped = is_swapped(lora_a.shape[1], *features, experts.is_transposed, peft.__version__)
+    a, b = expert_components(lora_a, lora_b, wrapper.num_experts, swapped)
     return a, b * wrapper.scaling[adapter]
 
 
 def _nothing(experts: Any, projection: str, like: Tensor) -> tuple[Tensor, Tensor]:
     """No components for a projection that has no LoRA."""
-    num_experts, *sizes = getattr(experts, projection).shape
-    a, b = (like.new_zeros(num_experts, 0, size) for size in (sizes if experts.is_transposed else sizes[::-1]))
+    num_experts = getattr(experts, projection).shape[0]
+    a, b = (like.new_zeros(num_experts, 0, size) for size in expert_features(experts, projection))
     return a, b
 
 

@@ -21,7 +21,7 @@ from lrlora_ops.apply import apply_methods
 from lrlora_ops.integrations._peft_layout import expert_components, is_swapped
 from lrlora_ops.methods import FixedRank, Method
 from lrlora_ops.modules._adapter import RankAdapter
-from lrlora_ops.modules._interface import expert_projections, is_experts
+from lrlora_ops.modules._interface import expert_features, expert_projections, is_experts
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -71,6 +71,8 @@ def load(model: nn.Module, path: Path, method: Method | Mapping[str, Method] | N
     adapters = apply_methods(model, layers, served)
     for name, projections in found.items():
         _fill(adapters.modules[name], projections)
+        if "" in projections:  # PEFT's experts have no dropout
+            adapters.modules[name].dropout = float(config.get("lora_dropout") or 0.0)
     return adapters
 
 
@@ -145,14 +147,13 @@ def _is_target(parameter: str, config: Mapping[str, Any]) -> bool:
 
 
 def _of_experts(name: str, experts: Any, projection: str, a: Tensor, b: Tensor, config: Mapping[str, Any]) -> Factors:
-    num_experts, *sizes = getattr(experts, projection).shape
-    in_features, out_features = sizes if experts.is_transposed else sizes[::-1]
+    num_experts, features = getattr(experts, projection).shape[0], expert_features(experts, projection)
     try:
-        swapped = is_swapped(a.shape[1], in_features, out_features, experts.is_transposed, config.get("peft_version"))
+        swapped = is_swapped(a.shape[1], *features, experts.is_transposed, config.get("peft_version"))
         components = expert_components(a, b, num_experts, swapped)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{name} does not fit the checkpoint: {error}") from error
-    return _checked(name, *components, in_features, out_features, config)
+    return _checked(name, *components, *features, config)
 
 
 def _of_linear(name: str, layer: Any, a: Tensor, b: Tensor, config: Mapping[str, Any]) -> Factors:

@@ -41,6 +41,12 @@ def expert_projections(experts: Any) -> tuple[str, str]:
     return names
 
 
+def expert_features(experts: Any, projection: str) -> tuple[int, int]:
+    """Inputs and outputs of a projection, ``[E, N, K]`` or ``[E, K, N]`` as the experts say."""
+    first, second = getattr(experts, projection).shape[1:]
+    return (first, second) if experts.is_transposed else (second, first)
+
+
 def attach(experts: Any, adapter: Any) -> None:
     """Make the adapter a child of the experts, and send their forward through it.
 

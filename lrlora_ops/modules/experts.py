@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrlora_ops.modules._adapter import ComponentPool, RankAdapter, set_ranks
-from lrlora_ops.modules._interface import CHILD, attach, detach, expert_projections
+from lrlora_ops.modules._interface import CHILD, attach, detach, expert_features, expert_projections
 from lrlora_ops.modules._merge import check_merged_experts
 from lrlora_ops.ops import ExpertLinear, moe_lora_mlp
 from lrlora_ops.rank_table import RankTable
@@ -91,9 +91,8 @@ class VariableRankLoRAExperts(RankAdapter):
         pool_size = num_experts * (max_rank if pool_rank is None else pool_rank)
         table = RankTable.uniform(num_experts, rank, max_rank, pool_size, device, num_projections=len(names))
         pools = {}
-        for name, weight in zip(names, weights, strict=True):
-            out_features, in_features = weight.shape[:0:-1] if experts.is_transposed else weight.shape[1:]
-            pools[name] = ComponentPool(pool_size, in_features, out_features, device, dtype)
+        for name in names:
+            pools[name] = ComponentPool(pool_size, *expert_features(experts, name), device, dtype)
         return cls(pools, table, lora_alpha)
 
     def install(self, model: nn.Module, host: nn.Module) -> None:
