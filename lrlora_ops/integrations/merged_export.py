@@ -61,14 +61,17 @@ def check(adapters: Adapters, directory: Path) -> float:
 
 def _difference(module: RankAdapter, host: Any, layer: Any) -> float:
     if isinstance(module, VariableRankLoRALinear):
-        return check_merge(module, layer, _weights(module, host)[""], module.delta_weight(torch.float64))
+        return check_merge(module, layer, module.plain_weight(), module.delta_weight(torch.float64))
     return check_merged_experts(host, layer)
 
 
-def _weights(module: RankAdapter, host: Any) -> dict[str, Tensor]:
+def _weights(name: str, module: RankAdapter, host: Any) -> dict[str, Tensor]:
     """The weights that an adapter updates, by projection."""
     if isinstance(module, VariableRankLoRALinear):
-        return {"": module.plain_weight()}
+        try:
+            return {"": module.plain_weight()}
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     return {projection: getattr(host, projection) for projection in module.pools()}
 
 
@@ -76,7 +79,7 @@ def _weights(module: RankAdapter, host: Any) -> dict[str, Tensor]:
 def _updated(adapters: Adapters, stash: Path) -> Iterator[None]:
     """The weights have their updates; afterwards they are what they were."""
     hosts = {name: adapters.model.get_submodule(name) for name in adapters.modules}
-    weights = {name: _weights(module, hosts[name]) for name, module in adapters.modules.items()}
+    weights = {name: _weights(name, module, hosts[name]) for name, module in adapters.modules.items()}
     uses = Counter(id(p) for owner in adapters.model.modules() for p in owner._parameters.values() if p is not None)
     for name, own in weights.items():
         if any(uses[id(weight)] > 1 for weight in own.values()):

@@ -20,6 +20,7 @@ from lrlora_ops.modules import VariableRankLoRAExperts, VariableRankLoRALinear
 from lrlora_ops.modules._adapter import RankAdapter
 from lrlora_ops.modules._interface import is_experts
 from lrlora_ops.modules._merge import check_merge, check_merged_experts
+from lrlora_ops.modules._quantised import compute_dtype
 
 # In models with experts PEFT takes a target of such a name for experts as transformers 4 had them, and finds none.
 # A linear layer of that name therefore goes by its parameter.
@@ -71,8 +72,9 @@ def check(adapters: Adapters, directory: Path) -> float:
                 plain = plain.base_layer
             differences.append(check_merged_experts(host, layer, plain))
         elif isinstance(module, VariableRankLoRALinear):
-            weight = module.lora_A if module.weight is None else module.weight
-            differences.append(check_merge(module, layer, weight, module.delta_weight(torch.float64)))
+            update, base = module.delta_weight(torch.float64), module.base_layer
+            weight = module.plain_weight() if base is None else update.to(compute_dtype(base))
+            differences.append(check_merge(module, layer, weight, update))
     return max(differences)
 
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from lrlora_ops.modules._interface import plain_forward
 from lrlora_ops.ops._autocast import without_autocast
 
+_WRONG = "Is there a NaN in it, or does the base layer transform its weight?"
+
 
 @torch.no_grad()
-def check_merge(adapter: nn.Module, merged: nn.Module, weight: Tensor, update: Tensor) -> float:
+def check_merge(adapter: nn.Module, merged: nn.Module, weight: Tensor, update: Tensor, hint: str = _WRONG) -> float:
     """Compare both layers in evaluation mode on random rows, and leave their modes as they are.
 
     Args:
@@ -22,6 +24,7 @@ def check_merge(adapter: nn.Module, merged: nn.Module, weight: Tensor, update: T
         merged: The layer that shall replace it.
         weight: ``[N, K]``, the base layer's; its dtype is what the layers compute in.
         update: fp64 ``[N, K]``, what was added to it.
+        hint: The end of the error.
 
     Returns:
         The norm of the difference, relative to that of the output.
@@ -32,7 +35,7 @@ def check_merge(adapter: nn.Module, merged: nn.Module, weight: Tensor, update: T
     probe = torch.randn(16, weight.shape[1], device=weight.device, dtype=weight.dtype)
     with _evaluating(adapter, merged), without_autocast(weight.device):
         actual, expected = merged(probe).double(), adapter(probe).double()
-    return _compare(actual, expected, weight, (probe.double() @ update.t()).norm())
+    return _compare(actual, expected, weight, (probe.double() @ update.t()).norm(), hint)
 
 
 @torch.no_grad()
@@ -56,7 +59,7 @@ def check_merged_experts(experts: Any, merged: Any, inner: Any = None) -> float:
         expected = experts(tokens, index, ones).double()
         with plain_forward(experts), plain_forward(merged if inner is None else inner):
             actual, base = (module(tokens, index, ones).double() for module in (merged, experts))
-    return _compare(actual, expected, weight, (expected - base).norm())
+    return _compare(actual, expected, weight, (expected - base).norm(), _WRONG)
 
 
 @contextmanager
@@ -71,13 +74,13 @@ def _evaluating(*roots: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _compare(actual: Tensor, expected: Tensor, weight: Tensor, update: Tensor) -> float:
+def _compare(actual: Tensor, expected: Tensor, weight: Tensor, update: Tensor, hint: str) -> float:
     difference = (actual - expected).norm()
     allowed = _rounding(weight) * (expected.norm() + update)
     if not difference <= allowed:
         raise RuntimeError(
-            f"the merged layer differs from the adapter's forward by {difference:.3g} (allowed {allowed:.3g}); the "
-            "adapter was not merged. Is there a NaN in it, or does the base layer transform its weight?"
+            f"the merged layer differs from the adapter's forward by {difference:.3g} (allowed {allowed:.3g}, the "
+            f"update is {update:.3g}); the adapter was not merged. {hint}"
         )
     return float(difference / expected.norm()) if difference else 0.0
 

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from lrlora_ops.modules._adapter import ComponentPool, RankAdapter
 from lrlora_ops.modules._merge import check_merge
+from lrlora_ops.modules._quantised import ELSEWHERE, FLOATING, is_quantised, merge_quantised
 from lrlora_ops.ops.lora_linear import lora_linear
 from lrlora_ops.rank_table import RankTable
-
-_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class VariableRankLoRALinear(RankAdapter, ComponentPool):
@@ -145,7 +144,11 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
         return self.table.ranks[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., K] -> [..., N]``. In training mode a method's sampled ranks and probes apply."""
+        """``[..., K] -> [..., N]``. In training mode a method's sampled ranks and probes apply.
+
+        Raises:
+            RuntimeError: In training, the base layer passes no gradient on to x.
+        """
         ranks, (gate,) = self.running()
         return lora_linear(
             x,
@@ -156,9 +159,18 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
             scaling=self.scaling,
             weight=self.weight,
             bias=self.bias,
-            base=None if self.base_layer is None else self.base_layer(x),
+            base=None if self.base_layer is None else self._base(x),
             dropout=self.dropout if self.training else 0.0,
         )
+
+    def _base(self, x: Tensor) -> Tensor:
+        base = self.base_layer(x)  # type: ignore[misc]
+        if self.training and torch.is_grad_enabled() and x.requires_grad and not base.requires_grad:
+            raise RuntimeError(
+                f"the base layer, a {type(self.base_layer).__name__}, gives x no gradient, so that what comes before "
+                "it would train on a wrong one; quantise the weights alone, or leave the layer out of targets"
+            )
+        return base
 
     @torch.no_grad()
     def set_rank(self, rank: int) -> None:
@@ -188,10 +200,15 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
     def merge(self) -> nn.Module:
         """A copy of the base layer with the update in its weight, checked against this module's forward.
 
+        A weight of bitsandbytes or torchao is quantised again, its own way. What that loses must be within the
+        rounding of the dtype that the layer computes in: 8 bits hold an update beside bf16, 4 bits hold none.
+
         Raises:
-            ValueError: The base layer has no plain floating-point weight ``[N, K]`` to add to.
+            ValueError: The base layer has no weight ``[N, K]`` to add to.
             RuntimeError: The merged layer's output differs from the adapter's.
         """
+        if self.base_layer is not None and is_quantised(self.base_layer):
+            return merge_quantised(self, self.base_layer)
         weight = self.plain_weight()
         merged: Any = self.plain(self) if self.base_layer is None else copy.deepcopy(self.base_layer)
         updated = weight.detach().clone()
@@ -208,10 +225,10 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
         """
         weight: Any = self.weight if self.base_layer is None else getattr(self.base_layer, "weight", None)
         shape = (self.out_features, self.in_features)
-        if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in _FLOATING or weight.shape != shape:
+        if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in FLOATING or weight.shape != shape:
             raise ValueError(
-                f"the base layer has no plain floating-point weight of shape {shape} to merge into; "
-                "keep the adapter beside it, or wrap the unquantised layer"
+                f"the base layer has no plain floating-point weight of shape {shape} to merge into, but "
+                f"{'none' if weight is None else f'a {type(weight).__name__}'}; {ELSEWHERE}"
             )
         return weight
 
