@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lrlora_ops._read_past import layers_read_past
 from lrlora_ops.methods import Method
 from lrlora_ops.modules import VariableRankLoRAExperts
 from lrlora_ops.modules._adapter import RankAdapter
@@ -26,9 +28,13 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] | None) -> dict[
     Args:
         model: Its ``nn.Linear`` layers and experts modules are candidates; for an exact pattern any layer with
             ``in_features`` is.
-        targets: "all-linear" (every ``nn.Linear`` but the output embeddings, what PyTorch reads past an adapter and
-            routers that are one by their class alone), "experts", one pattern, or several; None for the adapters
-            that the model already has.
+        targets: "all-linear" (every ``nn.Linear`` but the output embeddings, layers whose weight another module reads
+            past an adapter and routers that are one by their class alone), "experts", one pattern, or several; None
+            for the adapters that the model already has.
+
+    Warns:
+        UserWarning: A layer is called on some paths, and on others its weight is read past it, as Mamba's mixers do
+            where their kernels are installed.
 
     Raises:
         ValueError: Nothing matches, or the model has adapters already; the message lists what could be named.
@@ -72,19 +78,23 @@ def _find(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     if pattern == EXPERTS:
         return _require_experts(modules, experts)
     linear = {name: m for name, m in modules.items() if hasattr(m, "in_features") and hasattr(m, "out_features")}
-    bypassed = [m.out_proj for m in modules.values() if isinstance(m, nn.MultiheadAttention)]
+    read_past = layers_read_past(model)
     routers = [m for parent in modules.values() for m in parent.children() if _is_router(m, parent)]
     hits: dict[str, nn.Module]
     if pattern == ALL_LINEAR:
-        left_out = {id(m) for m in [*_output_embeddings(model), *bypassed, *routers]}
-        hits = {name: m for name, m in linear.items() if isinstance(m, nn.Linear) and id(m) not in left_out}
+        left_out = {id(m) for m in [*_output_embeddings(model), *routers]}
+        found = {name: m for name, m in linear.items() if isinstance(m, nn.Linear) and id(m) not in left_out}
+        hits = {name: m for name, m in found.items() if id(m) not in read_past}
+        _warn_of_reads(found, read_past, "'all-linear' leaves out {}, name them to adapt them all the same")
     else:
         hits = {name: m for name, m in (linear | experts).items() if matches(name, pattern)}
+        _warn_of_reads(hits, read_past, f"target {pattern!r} matches {{}}, leave them out unless you know the path")
     for name, module in hits.items():
-        if any(module is other for other in bypassed):
+        reader, called = read_past.get(id(module), ("", True))
+        if not called:
             raise ValueError(
-                f"target {pattern!r} matches {name}, whose weight nn.MultiheadAttention reads without calling the "
-                "layer, so that an adapter there would do nothing; leave it out of targets"
+                f"target {pattern!r} matches {name}, whose weight {reader} reads without calling the layer, so that an "
+                "adapter there would do nothing; leave it out of targets"
             )
         if any(module is other for other in routers):
             raise ValueError(
@@ -98,6 +108,15 @@ def _find(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
             f"{_examples(others)}, and the linear layers are {_examples(linear)}"
         )
     return hits
+
+
+def _warn_of_reads(layers: Mapping[str, nn.Module], read_past: Mapping[int, tuple[str, bool]], text: str) -> None:
+    """Of those that are called on some paths and passed by on others."""
+    passed = {name: m for name, m in layers.items() if read_past.get(id(m), ("", False))[1]}
+    if passed:
+        readers = ", ".join(sorted({read_past[id(module)][0] for module in passed.values()}))
+        reason = f"on some paths {readers} reads their weight without calling the layer, which passes an adapter by"
+        warnings.warn(f"{text.format(_examples(passed))}: {reason}", stacklevel=2)
 
 
 def _require_experts(modules: dict[str, nn.Module], experts: dict[str, nn.Module]) -> dict[str, nn.Module]:

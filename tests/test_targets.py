@@ -112,7 +112,7 @@ class OddOneOut(nn.Module):
             FixedRank(),
             "self_attn.*",
             {},
-            "matches self_attn.out_proj, whose weight nn.MultiheadAttention reads",
+            "matches self_attn.out_proj, whose weight MultiheadAttention reads without calling the layer",
         ),
     ],
 )
