@@ -34,11 +34,12 @@ def apply_lora(
     Args:
         model: Any ``nn.Module``. With ``targets`` all its parameters are frozen but the adapters'.
         method: ``FixedRank``, ``LearnedRank``, ...; or patterns and the method of each, first match wins.
-        targets: "all-linear" (every ``nn.Linear`` but the output embeddings and what is read past), "experts" (every experts module of
-            transformers' Mixture-of-Experts layers), a name or glob such as ``q_proj`` or ``model.layers.*.mlp.*``
-            (matched against the whole name or its end from a dot on), or several. None adopts the adapters that the
-            model already has, sets their rank to the method's, and freezes nothing; if it has none and ``method`` is
-            a mapping, its patterns are the targets: ``{"experts": DynamicRank(), "all-linear": LearnedRank()}``.
+        targets: "all-linear" (every ``nn.Linear`` but the output embeddings, and layers whose weight another module
+            reads past an adapter, as Mamba's mixers do), "experts" (every experts module of transformers'
+            Mixture-of-Experts layers), a name or glob such as ``q_proj`` or ``model.layers.*.mlp.*`` (matched against
+            the whole name or its end from a dot on), or several. None adopts the adapters that the model already has,
+            sets their rank to the method's, and freezes nothing; if it has none and ``method`` is a mapping, its
+            patterns are the targets: ``{"experts": DynamicRank(), "all-linear": LearnedRank()}``.
         lora_alpha: Of new adapters; default ``2 * max_rank``.
         dropout: Of new adapters of linear layers; experts have none.
         dtype: Of the new adapters' parameters; default fp32.
