@@ -55,6 +55,7 @@ def save(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
     draft.mkdir()  # safetensors, too, begins with a file of another name
     save_file(tensors, draft / tensor_file)
     (draft / STATE_FILE).write_text(json.dumps(state, indent=1))
+    heed_umask(draft)
     for file in (tensor_file, STATE_FILE):
         _sync(draft / file)
         (draft / file).replace(path / file)
@@ -199,6 +200,14 @@ def _check_tensors(name: str, settings: Mapping[str, Any], tensors: Mapping[str,
     sound = all(0 <= rank <= most for rank in ranks) and len(set(live)) == len(live) and set(live) <= set(range(size))
     if not sound or (size == experts * most and components != reserved):
         raise ValueError(f"{name} has a rank table that contradicts its tensors; the checkpoint is damaged")
+
+
+def heed_umask(directory: Path) -> None:
+    """Give the files of a new directory the mode that a new file has; safetensors keeps its own to their owner."""
+    mode = directory.stat().st_mode & 0o666
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _sync(path: Path) -> None:

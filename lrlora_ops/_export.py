@@ -11,6 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrlora_ops._checkpoint import heed_umask
+
 if TYPE_CHECKING:
     from lrlora_ops.adapters import Adapters
 
@@ -28,6 +30,7 @@ def export(adapters: Adapters, directory: str | PathLike[str], format: str) -> f
     with _draft(Path(directory).absolute()) as draft:
         form.write(adapters, draft)
         difference: float = form.check(adapters, draft)
+        heed_umask(draft)
     print(
         f"{directory}: {format}, read back; layers differ from the adapters' by at most {difference:.1g} of their norm"
     )

@@ -138,6 +138,22 @@ def test_into_a_model_that_moved(tmp_path, dtype):
     others.step()
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
+    """Those of safetensors, which are their owner's alone, too; in what is exported as well."""
+    pytest.importorskip("peft")
+    before = os.umask(umask)
+    try:
+        _, adapters, _ = make()
+        adapters.save(tmp_path / "own")
+        adapters.export(tmp_path / "peft")
+    finally:
+        os.umask(before)
+    files = [path for name in ("own", "peft") for path in (tmp_path / name).iterdir()]
+    assert {path.suffix for path in files} >= {".json", ".safetensors"}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
 def test_a_directory_is_made_and_kept_tidy(tmp_path):
     """Saving again leaves one state and one file of tensors, and what belongs to others."""
     _, adapters, _ = make()
