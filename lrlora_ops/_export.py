@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lrlora_ops.adapters import Adapters
 
 # Format -> module with write(adapters, directory) and check(adapters, directory) -> largest relative difference.
-FORMATS = {"peft": "lrlora_ops.integrations.peft_export", "merged": "lrlora_ops.integrations.merged_export"}
+FORMATS = {name: f"lrlora_ops.integrations.{name}_export" for name in ("peft", "vllm", "sglang", "merged")}
 
 
 def export(adapters: Adapters, directory: str | PathLike[str], format: str) -> float:

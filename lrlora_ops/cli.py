@@ -74,6 +74,8 @@ class DtypeName(str, Enum):
 
 class FormatName(str, Enum):
     peft = "peft"
+    vllm = "vllm"
+    sglang = "sglang"
     merged = "merged"
 
 

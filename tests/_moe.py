@@ -93,10 +93,10 @@ METHODS = {
 RANKS = [3, 0, 6, 2]
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model of random weights in evaluation mode, for ids of 0..39."""
+def tiny(name: str, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
+    """A model of random weights in evaluation mode, for ids of 0..39; dense if its name is not in ``MODELS``."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name, **COMMON | MODELS[name])
+    config = transformers.AutoConfig.for_model(name, **COMMON | MODELS.get(name, {}) | options)
     return CLASSES.get(name, transformers.AutoModelForCausalLM.from_config)(config).to(dtype).eval()
 
 
@@ -112,7 +112,8 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
 
 def adapted(model: nn.Module, targets: str | list[str] = "experts") -> Adapters:
     """Experts of the ranks ``RANKS``, whose components lie in no order; what nobody owns is NaN."""
-    methods = {pattern: METHODS[pattern] for pattern in ([targets] if isinstance(targets, str) else targets)}
+    patterns = [targets] if isinstance(targets, str) else targets
+    methods = {pattern: METHODS.get(pattern, METHODS["all-linear"]) for pattern in patterns}
     dtype = next(model.parameters()).dtype
     adapters = apply_lora(model, methods, targets, dtype=dtype)
     torch.manual_seed(1)

@@ -8,9 +8,13 @@ expert fastest. Before PEFT 0.19.1 the two changed places for some layouts of th
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
 
 
 def expert_matrices(a: Tensor, b: Tensor, swapped: bool) -> tuple[Tensor, Tensor]:
@@ -66,3 +70,8 @@ def padded(components: list[Tensor], rank: int) -> Tensor:
 def scaled(b: Tensor, scaling: float) -> Tensor:
     """b times a factor, in b's dtype; computed in fp32 or wider."""
     return (b.to(torch.promote_types(b.dtype, torch.float32)) * scaling).to(b.dtype)
+
+
+def of_pattern(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
+    """PEFT's look-up: the first key that matches the name, or its end from a dot on."""
+    return next((v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lrlora_ops.adapters import Adapters
-from lrlora_ops.integrations._peft_layout import expert_matrices, is_swapped, padded, scaled
+from lrlora_ops.integrations._factors import Factors, all_factors, check_linear
+from lrlora_ops.integrations._peft_layout import expert_matrices, is_swapped
 from lrlora_ops.modules import VariableRankLoRAExperts, VariableRankLoRALinear
-from lrlora_ops.modules._adapter import RankAdapter
 from lrlora_ops.modules._interface import is_experts
-from lrlora_ops.modules._merge import check_merge, check_merged_experts
-from lrlora_ops.modules._quantised import compute_dtype
+from lrlora_ops.modules._merge import check_merged_experts
 
 # In models with experts PEFT takes a target of such a name for experts as transformers 4 had them, and finds none.
 # A linear layer of that name therefore goes by its parameter.
@@ -34,11 +33,12 @@ def write(adapters: Adapters, directory: Path) -> None:
         ImportError: PEFT is not installed.
         ValueError: An adapter has no counterpart in PEFT, or all have rank 0.
     """
-    model = _peft_model(adapters)
-    for name, module in adapters.modules.items():
-        for projection, (a, b) in _factors(name, module).items():
+    found = all_factors(adapters, "PEFT")
+    model = _peft_model(adapters, found)
+    for name, projections in found.items():
+        for projection, (a, b) in projections.items():
             layer = _layer(model, name, projection)
-            first, second = a, b.mT
+            first, second = a[0], b[0].mT
             if projection:
                 transposed = layer.get_base_layer().is_transposed
                 swapped = is_swapped(layer.in_features, a.shape[2], b.shape[2], transposed, _peft().__version__)
@@ -72,9 +72,7 @@ def check(adapters: Adapters, directory: Path) -> float:
                 plain = plain.base_layer
             differences.append(check_merged_experts(host, layer, plain))
         elif isinstance(module, VariableRankLoRALinear):
-            update, base = module.delta_weight(torch.float64), module.base_layer
-            weight = module.plain_weight() if base is None else update.to(compute_dtype(base))
-            differences.append(check_merge(module, layer, weight, update))
+            differences.append(check_linear(module, layer))
     return max(differences)
 
 
@@ -86,20 +84,18 @@ def _peft() -> Any:
     return peft
 
 
-def _peft_model(adapters: Adapters) -> Any:
+def _peft_model(adapters: Adapters, found: Mapping[str, Factors]) -> Any:
     """A PEFT model with LoRA where the adapters are; it shares the model's weights."""
     modules: dict[str, int] = {}
     parameters: dict[str, int] = {}
     has_experts = any(is_experts(module) for module in adapters.model.modules())
-    for name, module in adapters.modules.items():
-        for projection, (a, _) in _factors(name, module).items():
+    for name, projections in found.items():
+        for projection, (a, _) in projections.items():
             if projection or (has_experts and name.rpartition(".")[2] in _OLD_EXPERT_NAMES):
                 parameters[f"{name}.{projection or 'weight'}"] = a.shape[-2]
             else:
                 modules[name] = a.shape[-2]
     ranks = modules | parameters
-    if not ranks:
-        raise ValueError("every adapter has rank 0, so there is nothing to export; export format='merged' instead")
     common = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
     plain = adapters.unadapted()
@@ -122,26 +118,6 @@ def _exact(names: list[str], model: nn.Module) -> list[str] | str:
     if any(other.endswith(f".{name}") for name in names for other in others):
         return "|".join(re.escape(name) for name in names)
     return names
-
-
-def _factors(name: str, module: RankAdapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """By projection: a and b with the scaling in it, ``[r, K]`` and ``[r, N]``, for experts ``[E, r, ...]``.
-
-    Nothing for an adapter of rank 0.
-    """
-    if not isinstance(module, VariableRankLoRALinear | VariableRankLoRAExperts):
-        raise ValueError(
-            f"{name}, a {type(module).__name__}, has no counterpart in PEFT, which knows linear layers and the "
-            "experts of transformers; save it with Adapters.save, or merge it"
-        )
-    rows = [module.table.rows_of(expert) for expert in range(module.table.num_experts)]
-    rank = max(len(own) for own in rows)
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for projection, pool in module.pools().items() if rank else ():
-        a, b = (padded([t.detach()[own] for own in rows], rank) for t in (pool.lora_A, pool.lora_B))
-        b = scaled(b, module.scaling)
-        factors[projection] = (a, b) if projection else (a[0], b[0])
-    return factors
 
 
 def _layer(model: Any, name: str, projection: str) -> Any:

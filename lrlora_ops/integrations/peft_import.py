@@ -18,13 +18,18 @@ from torch import Tensor, nn
 from lrlora_ops._targets import choose_methods, find_targets
 from lrlora_ops.adapters import Adapters
 from lrlora_ops.apply import apply_methods
-from lrlora_ops.integrations._peft_layout import expert_components, is_swapped
+from lrlora_ops.integrations._peft_layout import (
+    CONFIG_FILE,
+    PREFIX,
+    TENSOR_FILE,
+    expert_components,
+    is_swapped,
+    of_pattern,
+)
 from lrlora_ops.methods import FixedRank, Method
 from lrlora_ops.modules._adapter import RankAdapter
 from lrlora_ops.modules._interface import expert_features, expert_projections, is_experts
 
-CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 # What a config says beside what is read here, and does not change what its tensors mean.
 _HARMLESS = {
     *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
@@ -108,7 +113,7 @@ def _factors(
     """By layer and projection, "" for linear layers."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
         if match is None:
             raise ValueError(f"the checkpoint holds {key}, which is not a LoRA matrix; only these can be loaded")
         pairs.setdefault(match[1], {})[match[2]] = tensor
@@ -171,13 +176,8 @@ def _checked(
             f"{name} maps {in_features} to {out_features} features, and the checkpoint's matrices are of rank {rank} "
             f"and {b.shape[1]} and map {a.shape[2]} to {b.shape[2]}; load the model that the checkpoint was trained on"
         )
-    alpha = _of_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    alpha = of_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
     return Factors(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def _of_pattern(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
-    """PEFT's look-up: the first key that matches the name, or its end from a dot on."""
-    return next((v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 @torch.no_grad()
