@@ -216,10 +216,10 @@ class Adapters:
         Args:
             directory: New or empty; it appears whole, or not at all.
             format: "peft": a LoRA checkpoint for ``PeftModel.from_pretrained``, experts padded to the largest of their
-                ranks, adapters of rank 0 left out; needs PEFT. "vllm", "sglang": a LoRA checkpoint that the server
-                loads, of its names and ranks, for the model families that it is known to adapt. "merged": a plain checkpoint of the whole model for
-                ``from_pretrained``, the updates in its weights, written and read without a second copy of the model;
-                needs transformers and accelerate.
+                ranks, adapters of rank 0 left out; needs PEFT. "vllm", "sglang": a LoRA checkpoint with the names and
+                ranks that the server wants, for the model families that it is known to adapt. "merged": a plain
+                checkpoint of the whole model for ``from_pretrained``, the updates in its weights, written and read
+                without a second copy of the model; needs transformers and accelerate.
 
         Returns:
             The largest difference between the outputs of a layer, as exported and as adapted here, on random inputs,

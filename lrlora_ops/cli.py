@@ -171,7 +171,9 @@ def finetune(
 def export(
     model: Annotated[Path, typer.Option(help="Hugging Face model directory that the adapter was trained on.")],
     adapter: Annotated[Path, typer.Option(help="Directory that finetune or Adapters.save wrote, or a LoRA of PEFT.")],
-    format: Annotated[FormatName, typer.Option(help="A LoRA for PEFT, or a whole model.")] = FormatName.peft,
+    format: Annotated[
+        FormatName, typer.Option(help="A LoRA for PEFT, vLLM or SGLang, or a whole model.")
+    ] = FormatName.peft,
     output: Annotated[Path, typer.Option(help="New directory.")] = Path("lrlora-export"),
     dtype: Annotated[DtypeName, typer.Option(help="Of the model; auto is the checkpoint's own.")] = DtypeName.auto,
 ) -> None:

@@ -60,7 +60,8 @@ def write(adapters: Adapters, directory: Path) -> None:
     """
     _served.write(adapters, directory, SERVER)
     _require_buffers(adapters)
-    if adapters.model.config.model_type.startswith("deepseek"):  # type: ignore[union-attr]
+    config: Any = adapters.model.config
+    if config.model_type.startswith("deepseek"):
         print(f"{SERVER.name} adapts the experts of DeepSeek models with --disable-shared-experts-fusion only")
 
 
