@@ -82,12 +82,12 @@ def _require_mlp_buffers(hf: nn.Module, targets: set[str]) -> None:
 
 def _stacked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """``LoRAAdapter._normalize_weights``."""
-    weights = dict(weights)
+    weights = {name: _repeated(name, tensor) for name, tensor in weights.items()}
     names = [n for n in weights if "q_proj" in n]
     for name in names:
         others = [name.replace("q_proj", other) for other in ("k_proj", "v_proj")]
         require(all(other in weights for other in others), f"{name} without k_proj and v_proj: KeyError")
-        weights[name.replace("q_proj", "qkv_proj")] = torch.cat([weights.pop(n) for n in (name, *others)])
+        weights[name.replace("q_proj", "qkv_proj")] = _cat(name, [weights.pop(n) for n in (name, *others)])
     for old, new in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
         weights = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in weights.items()}
     gated = any("up_proj" in name and ".experts." in name for name in weights)
@@ -97,23 +97,25 @@ def _stacked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             weights[whole] = weights.pop(name)
         else:
             gate = weights.pop(name)
-            weights[whole] = torch.cat([gate, weights.pop(up, torch.zeros_like(gate))])
+            weights[whole] = _cat(name, [gate, weights.pop(up, torch.zeros_like(gate))])
     for name in [n for n in weights if "q_a_proj" in n]:
         other = name.replace("q_a_proj", "kv_a_proj_with_mqa")
         first = weights.pop(name)
-        weights[name.replace("q_a_proj", "fused_qkv_a_proj_with_mqa")] = torch.cat(
-            [first, weights.pop(other, torch.zeros_like(first))]
+        weights[name.replace("q_a_proj", "fused_qkv_a_proj_with_mqa")] = _cat(
+            name, [first, weights.pop(other, torch.zeros_like(first))]
         )
-    for name in [n for n in weights if "lora_A" in n and re.search(r"\.(qkv|gate_up)_proj\.", n)]:
-        fused = "qkv_proj" if "qkv_proj" in name else "gate_up_proj"
-        if name.replace(fused, STACKED[fused][0]) not in names and weights[name].shape[0] and _is_one(name, weights):
-            weights[name] = weights[name].repeat(len(STACKED[fused]), 1)
     return weights
 
 
-def _is_one(name: str, weights: dict[str, Tensor]) -> bool:
-    """A layer that was fused in the checkpoint already, as phi3's: its A serves all parts."""
-    return weights[name].shape[0] == weights[name.replace("lora_A", "lora_B")].shape[1] and ".experts." not in name
+def _repeated(name: str, tensor: Tensor) -> Tensor:
+    """lora_A of a layer that the checkpoint has stacked already, as phi3's: it serves all parts."""
+    whole = next((whole for whole in ("qkv_proj", "gate_up_proj") if f"{whole}.lora_A" in name), None)
+    return tensor.repeat(len(STACKED[whole]), 1) if whole else tensor
+
+
+def _cat(name: str, parts: list[Tensor]) -> Tensor:
+    require(len({part.shape[1] for part in parts}) == 1, f"{name} and what is stacked with it: sizes must match")
+    return torch.cat(parts)
 
 
 def _layer(
@@ -136,17 +138,18 @@ def _layer(
         key = f"{index}.{target}"
         require(key in served, f"{key} is no module of the model: ignored")
         count, inputs, parts = served[key]
-        require(set(members) == set(range(count)) if count else {None}, f"{key}: expert slots {sorted(members)}")
-        products = []
-        for own in (members[m] for m in sorted(members, key=lambda m: m or 0)):
+        require(set(members) <= set(range(count) if count else [None]), f"{key}: there is no expert {max(members)}")
+        products = {}
+        for expert, own in members.items():
             require(len(own) == 2, f"{key} lacks a matrix")
             a, b = own["A"], own["B"]
             require(a.shape == (rank * len(parts), inputs), f"{key}: buffer {(rank * len(parts), inputs)}, A {a.shape}")
             require(b.shape == (sum(parts), rank), f"{key}: buffer {(sum(parts), rank)}, B {b.shape}")
             split = [scaling * y @ x for x, y in zip(a.split(rank), b.split(parts), strict=True)]
             interleaved = target == "gate_up_proj_moe" and hf.config.model_type == "gpt_oss"
-            products.append(torch.stack(split, 1).flatten(0, 1) if interleaved else torch.cat(split))
-        updates[key] = torch.stack(products) if count else products[0]
+            products[expert] = torch.stack(split, 1).flatten(0, 1) if interleaved else torch.cat(split)
+        zeros = torch.zeros(sum(parts), inputs)  # what an expert gets that is not in the file
+        updates[key] = torch.stack([products.get(e, zeros) for e in range(count)]) if count else products[None]
     return updates
 
 

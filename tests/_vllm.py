@@ -195,9 +195,9 @@ def _expert_modules(hf: nn.Module, model: Model) -> list[tuple[str, int, dict[st
 
 def _packed_experts(name: str, count: int, shape: dict, pairs: dict, model: Model) -> dict[str, Tensor]:
     """``PackedLoRALayerWeights.pack_moe`` and ``FusedMoEWithLoRA.set_lora``."""
-    own = {f"{name}.{expert}.{leaf}": None for expert in range(count) for leaf in model.experts}
+    own = [f"{name}.{expert}.{leaf}" for expert in range(count) for leaf in model.experts]
+    require(name not in pairs, f"{name}: fused 3D weights for a 2D wrapper")
     if not any(key in pairs for key in own):
-        require(name not in pairs, f"{name}: fused 3D weights for a 2D wrapper")
         return {}
     for key in own:
         require(key in pairs, f"{key} is missing: every expert needs all projections")

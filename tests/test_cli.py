@@ -147,6 +147,15 @@ def test_export(inputs, tmp_path, format):
         torch.testing.assert_close(again(x).logits, model(x).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("format", ["vllm", "sglang"])
+def test_export_for_servers(inputs, tmp_path, format):
+    assert finetune(inputs, tmp_path / "adapter").exit_code == 0
+    result = run_export(inputs, tmp_path / "adapter", tmp_path / "out", "--format", format)
+    assert result.exit_code == 0, result.output
+    assert f"{format}, read back; layers differ from the adapters'" in result.output.replace("\n", " ")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
 def test_export_errors_are_one_line(inputs, tmp_path):
     assert finetune(inputs, tmp_path / "adapter").exit_code == 0
     occupied = run_export(inputs, tmp_path / "adapter", inputs / "occupied")
