@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lrlora_ops import methods
+from lrlora_ops._sharding import divided, is_sharded, whole
 from lrlora_ops.methods import Method
 from lrlora_ops.rank_table import RankTable
 
@@ -31,30 +33,77 @@ VERSION = 1
 _SAME = "call apply_lora with the model, method and targets that were saved"
 
 
-def save(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
-    """Write the checkpoint; see ``Adapters.save``."""
+def state_of(adapters: Adapters) -> dict[str, Any]:
+    """What a checkpoint holds; see ``Adapters.state_dict``."""
     if not adapters.modules:
         raise ValueError("the adapters are merged into the model, so there is nothing to save; save the model")
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
     tensors, policies = _policy_state(adapters)
     for name, module in adapters.modules.items():
         state = module.state_dict()
-        kept = {key: state[key].detach().cpu().contiguous() for key in _keys(module.settings())}
-        # Modules may share a table, but the tensors of a file share no memory.
-        tensors |= {f"{name}.{key}": t.clone() if key.startswith("table.") else t for key, t in kept.items()}
-    tensor_file = f"lrlora_adapters-{uuid.uuid4().hex}.safetensors"
-    state = {
+        tensors |= {f"{name}.{key}": state[key].detach() for key in _keys(module.settings())}
+    return {
         "version": VERSION,
-        "tensors": tensor_file,
         "modules": {name: module.settings() for name, module in adapters.modules.items()},
         "methods": _describe(adapters),
         "policies": policies,
+        "tensors": tensors,
     }
+
+
+def restore(adapters: Adapters, state: Mapping[str, Any]) -> None:
+    """Continue from ``state_of``; everything is checked before anything is written."""
+    tensors = state["tensors"]
+    try:
+        _check(adapters, state, tensors)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint is damaged ({error!r}); load another one") from error
+    resized = {name for name, module in adapters.modules.items() if state["modules"][name] != module.settings()}
+    for name, module in adapters.modules.items():
+        settings = state["modules"][name]
+        if name in resized:
+            module.reallocate(settings["max_rank"], settings["pool_size"])
+        here = module.state_dict()
+        own = {key: divided(tensors[f"{name}.{key}"], here[key]) for key in _keys(settings)}
+        module.load_state_dict(own, strict=False)
+    for index, policy in enumerate(adapters.policies):
+        policy.load_state_dict(_state_of_policy(index, state, tensors))
+
+
+def save(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
+    """Write the checkpoint; see ``Adapters.save``."""
+    state = state_of(adapters)
+    sharded = any(is_sharded(tensor) for tensor in state["tensors"].values())
+    # Modules may share a table, but the tensors of a file share no memory.
+    tensors = {name: whole(t).to("cpu", copy=".table." in name).contiguous() for name, t in state["tensors"].items()}
+    try:
+        if _is_first_process():
+            _write(Path(directory), state, tensors)
+    finally:
+        if sharded:  # all processes are here, and may load it next
+            dist.barrier()
+
+
+def load(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
+    """Restore a checkpoint; see ``Adapters.load``."""
+    state, tensors = _read(Path(directory))
+    try:
+        restore(adapters, state | {"tensors": tensors})
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
+
+
+def _is_first_process() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def _write(path: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """The tensors, then the JSON that names their file; then what older checkpoints left is deleted."""
+    path.mkdir(parents=True, exist_ok=True)
+    tensor_file = f"lrlora_adapters-{uuid.uuid4().hex}.safetensors"
     draft = path / tensor_file.removesuffix(".safetensors")
     draft.mkdir()  # safetensors, too, begins with a file of another name
     save_file(tensors, draft / tensor_file)
-    (draft / STATE_FILE).write_text(json.dumps(state, indent=1))
+    (draft / STATE_FILE).write_text(json.dumps({**state, "tensors": tensor_file}, indent=1))
     heed_umask(draft)
     for file in (tensor_file, STATE_FILE):
         _sync(draft / file)
@@ -65,24 +114,6 @@ def save(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
             shutil.rmtree(old)
         elif old.name != tensor_file:
             old.unlink()
-
-
-def load(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
-    """Restore a checkpoint; see ``Adapters.load``. Everything is checked before anything is written."""
-    path = Path(directory)
-    state, tensors = _read(path)
-    try:
-        _check(adapters, state, tensors)
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); load another checkpoint") from error
-    resized = {name for name, module in adapters.modules.items() if state["modules"][name] != module.settings()}
-    for name, module in adapters.modules.items():
-        settings = state["modules"][name]
-        if name in resized:
-            module.reallocate(settings["max_rank"], settings["pool_size"])
-        module.load_state_dict({key: tensors[f"{name}.{key}"] for key in _keys(settings)}, strict=False)
-    for index, policy in enumerate(adapters.policies):
-        policy.load_state_dict(_state_of_policy(index, state, tensors))
 
 
 def contents(path: Path) -> tuple[list[tuple[Method, list[str]]], dict[str, Any], torch.dtype]:
@@ -115,9 +146,7 @@ def _policy_state(adapters: Adapters) -> tuple[dict[str, Tensor], list[dict[str,
     rest = []
     for index, policy in enumerate(adapters.policies):
         state = policy.state_dict()
-        tensors |= {
-            f"policies.{index}.{key}": v.cpu().contiguous() for key, v in state.items() if isinstance(v, Tensor)
-        }
+        tensors |= {f"policies.{index}.{key}": v for key, v in state.items() if isinstance(v, Tensor)}
         rest.append({key: value for key, value in state.items() if not isinstance(value, Tensor)})
     return tensors, rest
 

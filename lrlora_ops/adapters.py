@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lrlora_ops import _checkpoint
 from lrlora_ops._export import export
+from lrlora_ops._sharding import require_whole
 from lrlora_ops._targets import unadapted_experts
 from lrlora_ops.methods import Method, Policy
 from lrlora_ops.modules import VariableRankLoRALinear
@@ -127,7 +128,8 @@ class Adapters:
 
         The directory holds ``lrlora_state.json``, replaced last and atomically, and the safetensors file it names.
 
-        One process of a distributed run calls it.
+        Of several processes the first one writes, and the others may call it; they must where parameters are divided
+        among them (FSDP2), to gather them. It can be loaded by any number of processes.
 
         Raises:
             OSError: The directory cannot be written; what it held before is still whole.
@@ -144,6 +146,25 @@ class Adapters:
         """
         _checkpoint.load(self, directory)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What ``save`` writes, tensors under "tensors": of the adapters by name, and of the methods.
+
+        With it the adapters are a ``Stateful`` of ``torch.distributed.checkpoint``, which divides parameters anew if a
+        run resumes on another number of processes. The adapters' tensors are theirs, not copies.
+
+        Raises:
+            ValueError: The adapters are merged.
+        """
+        return _checkpoint.state_of(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``.
+
+        Raises:
+            ValueError: It is of other adapters or methods, or contradicts itself; nothing is changed then.
+        """
+        _checkpoint.restore(self, state_dict)
+
     def compact(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Hold only the live components from now on, in memory and in the optimizer's state.
 
@@ -154,10 +175,12 @@ class Adapters:
 
         Raises:
             RuntimeError: A method still changes ranks.
+            ValueError: Parameters are divided among processes.
         """
         for policy, (method, _) in zip(self.policies, self.methods, strict=True):
             if not policy.frozen:
                 raise RuntimeError(f"{type(method).__name__} still changes ranks; compact after its freeze")
+        require_whole(self.parameters(), "compaction")
         for table in self.tables.values():
             held, rows = table.pool_size, table.compact()
             for module in self.modules.values():
@@ -177,6 +200,7 @@ class Adapters:
         Raises:
             ValueError, RuntimeError: A layer cannot be merged; the model keeps all its adapters then.
         """
+        require_whole(self.model.parameters(), "merging")
         merged: dict[str, nn.Module] = {}
         for name, module in self.modules.items():
             try:
@@ -231,6 +255,7 @@ class Adapters:
             RuntimeError: What was written computes something else; it is deleted.
             ValueError: The format is unknown, an adapter has no counterpart in it, or the adapters are merged.
         """
+        require_whole(self.model.parameters(), "an export")
         return export(self, directory, format)
 
     def callback(self) -> Any:

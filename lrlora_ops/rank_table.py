@@ -96,8 +96,7 @@ class RankTable(nn.Module):
         max_rank = rank if max_rank is None else max_rank
         pool_size = num_experts * max_rank if pool_size is None else pool_size
         table = cls(num_experts, max_rank, pool_size, device, num_projections)
-        table._check([rank] * num_experts)
-        table.update(torch.full((num_experts,), rank, dtype=torch.int32, device=device))
+        table.update(table.checked([rank] * num_experts))
         return table
 
     def set_ranks(self, ranks: Sequence[int] | Tensor) -> Tensor:
@@ -117,9 +116,7 @@ class RankTable(nn.Module):
 
         Reads the table on the host; ``update`` does not.
         """
-        wanted = [index(rank) for rank in ranks]
-        self._check(wanted)
-        return self.update(torch.tensor(wanted, dtype=torch.int32, device=self.ranks.device)).nonzero().flatten()
+        return self.update(self.checked(ranks)).nonzero().flatten()
 
     @torch.no_grad()
     def update(self, ranks: Tensor) -> Tensor:
@@ -158,20 +155,23 @@ class RankTable(nn.Module):
         """int64 ``[rank]``: the pool rows of an expert's live components. Reads its rank on the host."""
         return self.components[expert, : int(self.ranks[expert])].long()
 
-    def _check(self, ranks: list[int]) -> None:
-        if len(ranks) != self.num_experts:
-            raise ValueError(f"ranks has {len(ranks)} entries; it must have one per expert, {self.num_experts}")
-        for expert, rank in enumerate(ranks):
+    def checked(self, ranks: Sequence[int] | Tensor) -> Tensor:
+        """int32 ``[E]`` on the table's device: ranks that it can have. Raises as ``set_ranks`` does."""
+        wanted = [index(rank) for rank in ranks]
+        if len(wanted) != self.num_experts:
+            raise ValueError(f"ranks has {len(wanted)} entries; it must have one per expert, {self.num_experts}")
+        for expert, rank in enumerate(wanted):
             if not 0 <= rank <= self.max_rank:
                 raise ValueError(
                     f"rank {rank} of expert {expert} is outside 0..{self.max_rank}; "
                     "raise max_rank when the adapter is made, or ask for less"
                 )
-        if sum(ranks) > self.pool_size:
+        if sum(wanted) > self.pool_size:
             raise ValueError(
-                f"the ranks sum to {sum(ranks)}, but the pool holds {self.pool_size} components; "
+                f"the ranks sum to {sum(wanted)}, but the pool holds {self.pool_size} components; "
                 "raise the pool size when the adapter is made, or ask for less"
             )
+        return torch.tensor(wanted, dtype=torch.int32, device=self.ranks.device)
 
     def resize(self, max_rank: int) -> None:
         """Let every expert of a reserved table own ``max_rank`` rows; ranks stay, statistics are dropped.

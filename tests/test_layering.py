@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A unit is a module or package right under lrlora_ops; it may import itself and the layers above it in this list.
 # What is not listed (the package itself, the command line and what it is made of) comes last.
 LAYERS = [
-    {"rank_table", "routing"},
+    {"rank_table", "routing", "_sharding"},
     {"reference", "eager", "kernels", "_checks"},
     {"ops"},
     {"modules"},

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrlora_ops._sharding import require_whole, whole, zero_rows
 from lrlora_ops.ops._autocast import without_autocast
 from lrlora_ops.rank_table import RankTable
 
@@ -49,12 +50,18 @@ class ComponentPool(nn.Module):
     def delta(self, rows: Tensor, scaling: float, dtype: torch.dtype | None) -> Tensor:
         """``[N, K]``: ``scaling * sum over the pool rows of outer(b_j, a_j)``; default in fp32, or wider."""
         dtype = dtype or torch.promote_types(self.lora_A.dtype, torch.float32)
+        a, b = (whole(parameter)[rows].to(dtype) for parameter in (self.lora_A, self.lora_B))
         with without_autocast(rows.device):
-            return scaling * (self.lora_B[rows].to(dtype).t() @ self.lora_A[rows].to(dtype))
+            return scaling * (b.t() @ a)
 
     @torch.no_grad()
     def hold(self, rows: Tensor, size: int) -> None:
-        """Hold these rows, then new ones up to ``size``, in parameters that keep their identity and lose their grad."""
+        """Hold these rows, then new ones up to ``size``, in parameters that keep their identity and lose their grad.
+
+        Raises:
+            ValueError: The parameters are divided among processes.
+        """
+        require_whole((self.lora_A, self.lora_B), "another capacity")
         for parameter, fresh in (
             (self.lora_A, _initial_a(self.lora_A, size)),
             (self.lora_B, self.lora_B.new_zeros(size, self.out_features)),
@@ -178,10 +185,10 @@ def set_ranks(adapters: Iterable[RankAdapter], table: RankTable, ranks: Sequence
     Raises:
         ValueError: A rank is out of range, or the pool too small; nothing is changed then.
     """
-    born = table.set_ranks(ranks)
+    born = table.update(table.checked(ranks))
     for adapter in adapters:
         for pool in adapter.pools().values() if adapter.table is table else ():
-            pool.lora_B[born] = 0.0
+            zero_rows(pool.lora_B, born)
 
 
 @torch.no_grad()
@@ -190,7 +197,7 @@ def silence_dead(adapters: Iterable[RankAdapter]) -> None:
     for adapter in adapters:
         dead = ~adapter.table.live_rows()
         for pool in adapter.pools().values():
-            pool.lora_B.masked_fill_(dead[:, None], 0.0)
+            zero_rows(pool.lora_B, dead)
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

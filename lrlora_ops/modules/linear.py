@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrlora_ops._sharding import zero_rows
 from lrlora_ops.modules._adapter import ComponentPool, RankAdapter
 from lrlora_ops.modules._merge import check_merge
 from lrlora_ops.modules._quantised import ELSEWHERE, FLOATING, is_quantised, merge_quantised
@@ -185,7 +186,7 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
         if not isinstance(rank, int) or not 0 <= rank <= self.max_rank:
             raise ValueError(f"rank is {rank!r}; it must be an integer from 0 to max_rank, {self.max_rank}")
         born = self.table.update(torch.full_like(self.table.ranks, rank))
-        self.lora_B.masked_fill_(born[:, None], 0.0)
+        zero_rows(self.lora_B, born)
 
     @torch.no_grad()
     def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
