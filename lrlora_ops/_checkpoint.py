@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lrlora_ops import methods
-from lrlora_ops._sharding import divided, is_sharded, whole
+from lrlora_ops._sharding import divided, is_sharded, require_whole, whole
 from lrlora_ops.methods import Method
 from lrlora_ops.rank_table import RankTable
 
@@ -58,6 +58,8 @@ def restore(adapters: Adapters, state: Mapping[str, Any]) -> None:
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the checkpoint is damaged ({error!r}); load another one") from error
     resized = {name for name, module in adapters.modules.items() if state["modules"][name] != module.settings()}
+    if resized:
+        require_whole(adapters.parameters(), "a checkpoint of another capacity")
     for name, module in adapters.modules.items():
         settings = state["modules"][name]
         if name in resized:

@@ -43,6 +43,6 @@ def require_whole(parameters: Iterable[nn.Parameter], what: str) -> None:
     """
     if any(is_sharded(parameter) for parameter in parameters):
         raise ValueError(
-            f"the parameters are divided among processes (FSDP), and {what} needs them whole: save the adapters, "
-            "load them in one process, and do it there"
+            f"the parameters are divided among processes (FSDP), and {what} needs them whole: do it before "
+            "fully_shard, or save the adapters, load them in one process, and do it there"
         )

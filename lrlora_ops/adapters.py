@@ -62,7 +62,8 @@ class Adapters:
     def step(self, loss: Tensor | None = None) -> None:
         """Let the methods set the ranks; once per optimizer step, after backward and clipping, before the optimizer.
 
-        Averages the statistics and the loss over the default process group, and clears the statistics.
+        Averages the sensitivities and the loss over the default process group, adds up what was routed to experts, and
+        clears these statistics.
 
         Args:
             loss: The loss of the step, a scalar; only ``LearnedRank(penalty=...)`` reads it.
@@ -76,13 +77,16 @@ class Adapters:
             table.clear_statistics()
 
     def _reduce_statistics(self) -> None:
-        statistics = []
-        for leaf in (leaf for table in self.tables.values() for leaf in (table.gate, table.demand)):
+        """Over the processes, the mean of the sensitivities, as of any gradient, and the sum of what was routed."""
+        tables, statistics = self.tables.values(), []
+        for leaf in (leaf for table in tables for leaf in (table.gate, table.demand)):
             leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             statistics.append(leaf.grad)
         reduced = _process_mean(torch.cat([values.flatten() for values in statistics]))
         for values, mean in zip(statistics, reduced.split([values.numel() for values in statistics]), strict=True):
             values.copy_(mean.view_as(values))
+        for table in tables:
+            table.routed.mul_(dist.get_world_size())
 
     def ranks(self) -> dict[str, Tensor]:
         """int32 per adapter: its rank, ``[]``, or those of its experts, ``[E]``.
