@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lrlora_ops import _checkpoint
+from lrlora_ops._sharding import is_sharded
 from lrlora_ops._targets import call_every_layer, choose_methods, find_adapters, find_targets
 from lrlora_ops.adapters import Adapters
 from lrlora_ops.methods import Method
@@ -78,6 +79,8 @@ def apply_methods(
         adopt: Whether ``found`` are adapters of the model.
         lora_alpha, dropout, dtype: As there.
     """
+    if not adopt:
+        _require_undivided(found)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         modules = {
@@ -102,6 +105,16 @@ def apply_methods(
         silence_dead(own)
     call_every_layer(model)
     return Adapters(model, modules, served)
+
+
+def _require_undivided(found: Mapping[str, nn.Module]) -> None:
+    for name, module in found.items():
+        if any(is_sharded(parameter) for parameter in module.parameters()):
+            raise ValueError(
+                f"{name} is divided among processes: adapt the model before fully_shard divides it, and load it "
+                "without tensor or expert parallelism (tp_size, ep_size), under which a process does not have all the "
+                "outputs or experts that a rank is for"
+            )
 
 
 def load_adapter(
@@ -140,6 +153,7 @@ def load_adapter(
 def _restore(model: nn.Module, path: Path) -> Adapters:
     served, settings, dtype = _checkpoint.contents(path)
     found = find_targets(model, list(settings))
+    _require_undivided(found)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapters = apply_methods(model, found, served, dtype=dtype)
     try:

@@ -1,5 +1,6 @@
 """Several processes, each with its share of the batch, do what one process does with all of it: DDP and FSDP2."""
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lrlora_ops import Adapters, DynamicRank, LearnedRank, apply_lora
+from lrlora_ops import Adapters, DynamicRank, LearnedRank, apply_lora, load_adapter
 
 transformers = pytest.importorskip("transformers")
 
@@ -188,9 +189,37 @@ def refusals(share, of, folder):
     )
 
 
+def parallel_models(share, of, folder):
+    """What apply_lora says to models that transformers has divided itself, by experts and by outputs."""
+    from transformers.distributed import DistributedConfig
+
+    said = []
+    for config, target in (
+        (DistributedConfig(fsdp_size=of, ep_size=of), "experts"),
+        (DistributedConfig(tp_size=of), "all-linear"),
+    ):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", distributed_config=config)
+        try:
+            apply_lora(model, METHODS[target], target)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def until_one_is_killed(share, of, folder):
+    """Saves after each step; the second process dies before its third step."""
+    run = Run("ddp", share, of)
+    for step in range(STEPS):
+        if share == 1 and step == 2:
+            os._exit(1)
+        run.train([step])
+        run.adapters.save(folder / "last")
+
+
 @pytest.fixture(scope="module")
 def folder():
     with tempfile.TemporaryDirectory() as path:
+        make_model().save_pretrained(Path(path, "model"))
         yield Path(path)
 
 
@@ -257,3 +286,21 @@ def test_what_needs_whole_parameters_says_so(two):
         assert all("divided among processes" in text and "load them in one process" in text for text in said)
         assert lora_B[:2].all() and not lora_B[2:5].any() and lora_B[5:].all(), "growth zeroes what is born, no more"
         torch.testing.assert_close(rest, torch.zeros_like(rest))
+
+
+def test_tensor_and_expert_parallel_models_are_refused(two):
+    for said in two["parallel"]:
+        assert len(said) == 2
+        assert "experts is divided among processes" in said[0] and "ep_size" in said[0]
+        assert "_proj is divided among processes" in said[1]
+
+
+def test_a_killed_process_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
+    """The other process stops with an error, it does not wait."""
+    start = mp.spawn(in_process, (2, tmp_path, [("killed", until_one_is_killed, ())]), nprocs=2, join=False)
+    processes = start.processes
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [1, 1]
+    adapters = load_adapter(make_model(), tmp_path / "last")
+    assert [policy.t for policy in adapters.policies] == [2, 2]
