@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lrlora_ops import _checkpoint
 from lrlora_ops._export import export
+from lrlora_ops._forgotten import StepReminder
+from lrlora_ops._metrics import metrics
 from lrlora_ops._sharding import require_whole
 from lrlora_ops._targets import unadapted_experts
 from lrlora_ops.methods import Method, Policy
@@ -43,6 +45,7 @@ class Adapters:
         self.policies: list[Policy] = [
             method.policy(unique_tables({name: self.modules[name] for name in names})) for method, names in self.methods
         ]
+        self._reminder = StepReminder(self)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of the adapters alone."""
@@ -59,22 +62,33 @@ class Adapters:
         """What the optimizer trains. Give it no weight decay while ranks are learned."""
         return [parameter for _, parameter in self.named_parameters()]
 
-    def step(self, loss: Tensor | None = None) -> None:
-        """Let the methods set the ranks; once per optimizer step, after backward and clipping, before the optimizer.
+    def step(self, loss: Tensor | None = None, *, loss_scale: float | Tensor = 1.0, skipped: bool = False) -> None:
+        """Let the methods set the ranks; once per optimizer step, right before ``optimizer.step()`` or right after it.
 
         Averages the sensitivities and the loss over the default process group, adds up what was routed to experts, and
         clears these statistics.
 
         Args:
             loss: The loss of the step, a scalar; only ``LearnedRank(penalty=...)`` reads it.
+            loss_scale: What the loss was multiplied by before backward, a number or a scalar tensor: a GradScaler's
+                scale of this step. The statistics are divided by it.
+            skipped: Whether a GradScaler skipped the optimizer's step, whose gradients overflowed. The statistics
+                are dropped then, the ranks stay, and the step does not count.
         """
+        self._reminder.stop()
+        if not skipped:
+            self._let_methods_decide(loss, loss_scale)
+        for table in self.tables.values():
+            table.clear_statistics()
+
+    def _let_methods_decide(self, loss: Tensor | None, loss_scale: float | Tensor) -> None:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self._reduce_statistics()
             loss = None if loss is None else _process_mean(loss.detach())
+        for table in self.tables.values() if isinstance(loss_scale, Tensor) or loss_scale != 1.0 else ():
+            table.sensitivity.div_(loss_scale)
         for policy in self.policies:
             policy.step(loss)
-        for table in self.tables.values():
-            table.clear_statistics()
 
     def _reduce_statistics(self) -> None:
         """Over the processes, the mean of the sensitivities, as of any gradient, and the sum of what was routed."""
@@ -97,6 +111,17 @@ class Adapters:
             name: (module.rank if isinstance(module, VariableRankLoRALinear) else module.table.ranks).detach().clone()
             for name, module in self.modules.items()
         }
+
+    def metrics(self) -> dict[str, float]:
+        """What to log: mean, min, max and sum of the ranks, the budget if there is one, the mean of each kind of layer.
+
+        Reads the ranks on the host, so call it when something is logged. The callback does it for a Trainer.
+
+        Returns:
+            ``lrlora/rank_mean``, ``rank_min``, ``rank_max`` and ``rank_sum`` over layers and experts,
+            ``lrlora/budget``, and ``lrlora/rank_mean/q_proj`` and so on if there are several kinds.
+        """
+        return metrics(self)
 
     def summary(self) -> str:
         """Print, and return, a line per projection and the totals: ranks, live parameters, memory held.
@@ -263,7 +288,8 @@ class Adapters:
         return export(self, directory, format)
 
     def callback(self) -> Any:
-        """A ``transformers.TrainerCallback`` that calls ``step`` at the right moment and tells the run's length.
+        """All that a Hugging Face Trainer, or TRL's, needs: it steps the methods, tells them the run's length, logs
+        the ranks, and saves into and resumes from the trainer's checkpoints.
 
         Raises:
             ImportError: transformers is not installed.

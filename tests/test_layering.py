@@ -22,6 +22,8 @@ LAYERS = [
 PARTS = {
     "_checkpoint": "adapters",
     "_export": "adapters",
+    "_forgotten": "adapters",
+    "_metrics": "adapters",
     "_read_past": "adapters",
     "_targets": "adapters",
     "apply": "adapters",
@@ -29,16 +31,15 @@ PARTS = {
 }  # modules that are one unit with another
 UPWARD_ON_USE = {("adapters", "integrations")}  # Adapters.callback() and the like, inside a function
 
-OPTIONAL = ["triton", "transformers", "tokenizers", "accelerate", "peft", "typer", "rich", "matplotlib"]
+OPTIONAL = ["triton", "transformers", "tokenizers", "accelerate", "peft", "trl", "typer", "rich", "matplotlib"]
 OPTIONAL += ["bitsandbytes", "torchao"]
 
 # Without its finder a distribution is as good as not installed, for try-imports and for find_spec alike.
 HIDE_OPTIONAL = f"""
 from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
-PathFinder.find_spec = staticmethod(
-    lambda name, *args: None if name.partition(".")[0] in {OPTIONAL} else find_spec(name, *args)
-)
+hide = lambda name, *args: None if name.partition(".")[0] in {OPTIONAL} else find_spec(name, *args)
+PathFinder.find_spec = staticmethod(hide)  # some libraries ask an instance of it
 """
 
 

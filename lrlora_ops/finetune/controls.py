@@ -35,7 +35,7 @@ class GivenRanks:
     def policy(self, tables: Mapping[str, RankTable]) -> FixedRankPolicy:
         for name, table in tables.items():
             table.set_ranks(self.ranks[name])
-        return FixedRankPolicy()
+        return FixedRankPolicy(sum(sum(ranks) for ranks in self.ranks.values()))
 
 
 def on_wrong_experts(name: str, arm: Arm, seed: int) -> ArmPlan:

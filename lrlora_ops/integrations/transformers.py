@@ -1,19 +1,22 @@
-"""The Hugging Face Trainer's callback: the methods' step at the right moment, and their state in its checkpoints."""
+"""The callback for the Hugging Face Trainer and what is built on it, such as TRL's SFTTrainer."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrlora_ops.adapters import Adapters
 
 
 class AdaptersCallback(TrainerCallback):
-    """Calls ``Adapters.step()`` after clipping and before the optimizer, once per optimizer step.
+    """Calls ``Adapters.step()`` once per optimizer step, adds the ranks to the logs and the state to the checkpoints.
 
-    Saves the adapters into each of the trainer's checkpoints and, when a run resumes, loads them from there.
+    A step that fp16's loss scaler skips does not count, and the scale is taken out of the statistics. Clipping is not:
+    a method sees the gradient of the loss, as the published code does, whatever is left of it for the optimizer.
 
     Args:
         adapters: What ``apply_lora`` returned for the model that is trained.
@@ -21,24 +24,70 @@ class AdaptersCallback(TrainerCallback):
 
     def __init__(self, adapters: Adapters) -> None:
         self.adapters = adapters
+        self._loss_scale: torch.Tensor | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Methods that were not told the length of the run learn it from the trainer.
+        """Methods that were not told the length of the run learn it from the trainer, also when it resumes.
 
         Raises:
             ValueError, FileNotFoundError: The run resumes, but its checkpoint has no state of these adapters.
         """
-        if state.global_step and not all(policy.frozen for policy in self.adapters.policies):
-            self.adapters.load(_checkpoint(args, state))
-        for policy in self.adapters.policies:
-            if policy.total_steps is None:
+        resumed = self._find_trainer()
+        if state.global_step:
+            self.adapters.load(resumed or _checkpoint(args, state))
+        for policy, (method, _names) in zip(self.adapters.policies, self.adapters.methods, strict=True):
+            if getattr(method, "total_steps", None) is None and not policy.frozen:
                 policy.total_steps = state.max_steps
 
+    def _find_trainer(self) -> Path | None:
+        """Take the first place among the trainer's callbacks; returns the checkpoint that it resumes from.
+
+        Loggers come before what a user adds and write what is in the logs by then. The trainer tells its callbacks
+        neither their order nor the checkpoint, which may be anywhere; both are in the frame that raises the event.
+        """
+        frame = inspect.currentframe()
+        while frame and not isinstance(frame.f_locals.get("self"), Trainer):
+            frame = frame.f_back
+        if frame is None:
+            return None
+        callbacks = frame.f_locals["self"].callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+        resumed = frame.f_locals.get("resume_from_checkpoint")
+        return None if resumed is None else Path(resumed)
+
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Gradients are complete and clipped here."""
-        self.adapters.step()
+        """The optimizer's step updates the loss scale, so remember the one that the gradients have."""
+        self._loss_scale = _loss_scale(args, kwargs)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The statistics are still there, and only now is it known whether the step was skipped: then the scale falls.
+
+        (accelerate's ``optimizer_step_was_skipped`` is False for fused optimizers, which skip on the device.)
+        """
+        before, after = self._loss_scale, _loss_scale(args, kwargs)
+        if before is None or after is None:
+            self.adapters.step()
+        else:  # fp16 alone waits for the device here
+            self.adapters.step(loss_scale=before, skipped=bool(after < before))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """The ranks go wherever the loss goes."""
+        if logs is not None and "loss" in logs:
+            figures = self.adapters.metrics()
+            logs.update(figures)
+            state.log_history[-1].update(figures)  # a copy of the logs, made before anybody saw them
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The trainer's own files lack what a method must remember."""
@@ -48,3 +97,9 @@ class AdaptersCallback(TrainerCallback):
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
+def _loss_scale(args: TrainingArguments, event: dict[str, Any]) -> torch.Tensor | None:
+    """The factor of the loss, on the device; None where there is none, as in bf16."""
+    scaler = getattr(event.get("optimizer"), "scaler", None)
+    return None if scaler is None else scaler.scale(torch.ones((), device=args.device))

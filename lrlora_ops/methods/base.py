@@ -15,10 +15,12 @@ class Policy(Protocol):
 
     Attributes:
         total_steps: Optimizer steps of the run, or None until somebody tells.
+        budget: What the ranks of all its groups sum to at the end, or None if nothing says.
         frozen: Whether the ranks are final.
     """
 
     total_steps: int | None
+    budget: int | None
     frozen: bool
 
     def step(self, loss: Tensor | None = None) -> None:

@@ -115,6 +115,7 @@ class DynamicRankPolicy:
 
     Attributes:
         total_steps: Optimizer steps of the run; may be set until the first step.
+        budget: What the ranks of all experts sum to at the end; "released" ends a little above.
         t: Optimizer steps so far.
         frozen: Whether the last growth is over.
     """
@@ -127,6 +128,7 @@ class DynamicRankPolicy:
             shape = (table.num_projections, table.num_experts, table.max_rank, table.pool_size)
             by_shape.setdefault(shape, {})[name] = table
         self.layers = [_Layers(alike, method.max_rank) for alike in by_shape.values()]
+        self.budget: int | None = method.target_rank * sum(table.num_experts for table in tables.values())
         self.t = 0
         self.frozen = method.initial_rank == method.target_rank
         self.total_steps = method.total_steps

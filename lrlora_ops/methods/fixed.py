@@ -37,7 +37,7 @@ class FixedRank:
         return self.rank
 
     def policy(self, tables: Mapping[str, RankTable]) -> FixedRankPolicy:
-        return FixedRankPolicy()
+        return FixedRankPolicy(self.rank * sum(table.num_experts for table in tables.values()))
 
 
 class FixedRankPolicy:
@@ -45,6 +45,9 @@ class FixedRankPolicy:
 
     total_steps: int | None = None
     frozen = True
+
+    def __init__(self, budget: int | None) -> None:
+        self.budget = budget
 
     def step(self, loss: Tensor | None = None) -> None:
         """Does nothing."""

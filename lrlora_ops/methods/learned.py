@@ -92,6 +92,7 @@ class LearnedRankPolicy:
 
     Attributes:
         total_steps: Optimizer steps of the run; may be set until the first step.
+        budget: What the ranks of all groups sum to; None under a penalty.
         rho: fp64 ``[G]``, the continuous ranks, in the order of the tables and their experts.
         k: int32 ``[G]``, the sampled prefixes of the step to come; the final ranks once frozen.
         frozen: Whether the ranks are final.
@@ -105,15 +106,15 @@ class LearnedRankPolicy:
         self._check_tables()
         self.groups = sum(table.num_experts for table in self.tables.values())
         most = self.groups * method.max_rank
-        self.budget = min(round(method.mean_rank * self.groups), most)
-        start = min(method.mean_rank, method.max_rank) if method.penalty is not None else self.budget / self.groups
+        self.budget = None if method.penalty is not None else min(round(method.mean_rank * self.groups), most)
+        start = min(method.mean_rank, method.max_rank) if self.budget is None else self.budget / self.groups
         self.rho = torch.full((self.groups,), start, dtype=torch.float64, device=self._device())
         self.momentum = torch.zeros_like(self.rho)
         self.variance, self.first_loss = self.rho.new_zeros(()), self.rho.new_ones(())
         self.t = self.updates = 0
         self.generator = torch.Generator().manual_seed(method.seed)
         # A budget of nothing or of everything leaves nothing to learn.
-        self.frozen = method.penalty is None and self.budget in (0, most)
+        self.frozen = self.budget in (0, most)
         self._choose_prefixes()
 
     def _check_tables(self) -> None:
@@ -194,7 +195,7 @@ class LearnedRankPolicy:
         lr = method.lr or min(max(10 * method.max_rank / (learning * total_steps), 1e-3), 1.0)
         lr *= 1 - 0.9 * (self.t / total_steps - method.warmup) / learning
         self.rho.sub_(direction, alpha=lr).clamp_(0, method.max_rank)
-        if method.penalty is None:
+        if self.budget is not None:
             self.rho.copy_(project_to_budget(self.rho, self.budget, method.max_rank))
 
     def _choose_prefixes(self) -> None:
@@ -209,7 +210,7 @@ class LearnedRankPolicy:
 
     def _rounded(self) -> Tensor:
         """int32 ``[G]``: rho as integers with the sum of the budget (of rho itself, under a penalty)."""
-        return largest_remainder(self.rho, self.budget if self.method.penalty is None else self.rho.sum().round())
+        return largest_remainder(self.rho, self.rho.sum().round() if self.budget is None else self.budget)
 
     @torch.no_grad()
     def _write(self) -> None:

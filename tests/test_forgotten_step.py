@@ -1,0 +1,98 @@
+"""A loop that never calls ``adapters.step()`` is told so once; no other loop hears anything."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch.optim import optimizer as torch_optimizer
+
+from lrlora_ops import Adapters, FixedRank, LearnedRank, apply_lora
+from tests._models import ALL, IDS, Model
+
+LEARNED = LearnedRank(2, 4, total_steps=5)
+
+
+def start(method=LEARNED) -> tuple[Model, Adapters]:
+    model = Model()
+    return model, apply_lora(model, method, ALL)
+
+
+def loop(model: Model, optimizers: list[torch.optim.Optimizer], steps: int, line=lambda: None, micro: int = 1) -> None:
+    for _ in range(steps):
+        for _ in range(micro):
+            model(IDS).square().mean().backward()
+        line()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_warned_once_with_the_line_to_add():
+    """At the second step of the optimizer, and at the loop's own line."""
+    model, adapters = start()
+    optimizer = torch.optim.SGD(adapters.parameters(), 1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop(model, [optimizer], 1)
+    with pytest.warns(UserWarning, match=r"add the line 'adapters.step\(\)' before 'optimizer.step\(\)'") as caught:
+        loop(model, [optimizer], 5)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "method, micro, optimizers",
+    [
+        (LEARNED, 4, 1),  # accumulated micro-batches
+        (LEARNED, 1, 2),  # an optimizer for lora_A and one for lora_B
+        (FixedRank(2), 1, 1),  # whose ranks never change
+    ],
+)
+def test_no_false_alarm(method, micro, optimizers):
+    model, adapters = start(method)
+    own = adapters.parameters()
+    split = [torch.optim.SGD(own[index::optimizers], 1e-3) for index in range(optimizers)]
+    line = (lambda: None) if isinstance(method, FixedRank) else adapters.step
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop(model, split, 4, line, micro)
+
+
+def test_a_step_after_the_optimizer_is_a_step():
+    model, adapters = start()
+    optimizer = torch.optim.SGD(adapters.parameters(), 1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            loop(model, [optimizer], 1)
+            adapters.step()
+
+
+def test_other_optimizers_do_not_count():
+    """They move something else, or the adapters of another model."""
+    model, _ = start()
+    other, others = start(FixedRank(2))
+    router = torch.nn.Parameter(torch.zeros(2))
+    optimizers = [torch.optim.SGD(others.parameters(), 1e-3), torch.optim.SGD([router], 1e-3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop(other, optimizers, 4)
+
+
+def test_nothing_stays_behind():
+    """The hook goes with the first step, or with the adapters."""
+    hooks = torch_optimizer._global_optimizer_post_hooks
+    gc.collect()
+    before = len(hooks)
+    model, adapters = start()
+    assert len(hooks) == before + 1
+    adapters.step()
+    assert len(hooks) == before
+    model, adapters = start()
+    gone = weakref.ref(adapters)
+    del model, adapters
+    gc.collect()
+    assert gone() is None and len(hooks) == before
