@@ -73,7 +73,7 @@ def test_a_step_after_the_optimizer_is_a_step():
 
 def test_other_optimizers_do_not_count():
     """They move something else, or the adapters of another model."""
-    model, _ = start()
+    _model, _ = start()
     other, others = start(FixedRank(2))
     router = torch.nn.Parameter(torch.zeros(2))
     optimizers = [torch.optim.SGD(others.parameters(), 1e-3), torch.optim.SGD([router], 1e-3)]

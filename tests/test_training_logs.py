@@ -38,7 +38,7 @@ def test_one_kind_of_layer_and_no_budget():
     """Numbers are no kind, and a price per component sets no budget."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     adapters = apply_lora(model, LearnedRank(3, 6, penalty=1e-3), ["0", "1"])
-    assert list(adapters.metrics()) == NAMES[:4] + ["lrlora/rank_mean/0", "lrlora/rank_mean/1"]
+    assert list(adapters.metrics()) == [*NAMES[:4], "lrlora/rank_mean/0", "lrlora/rank_mean/1"]
     block = nn.ModuleDict({"block": model})
     assert list(apply_lora(block, LearnedRank(3, 6)).metrics()) == NAMES
 
