@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lrlora_ops import _checkpoint
 from lrlora_ops._export import export
-from lrlora_ops._forgotten import StepReminder
+from lrlora_ops._forgotten import FirstSteps
 from lrlora_ops._metrics import metrics
 from lrlora_ops._sharding import require_whole
 from lrlora_ops._targets import unadapted_experts
@@ -45,7 +45,7 @@ class Adapters:
         self.policies: list[Policy] = [
             method.policy(unique_tables({name: self.modules[name] for name in names})) for method, names in self.methods
         ]
-        self._reminder = StepReminder(self)
+        self._first_steps = FirstSteps(self)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of the adapters alone."""
@@ -75,7 +75,7 @@ class Adapters:
             skipped: Whether a GradScaler skipped the optimizer's step, whose gradients overflowed. The statistics
                 are dropped then, the ranks stay, and the step does not count.
         """
-        self._reminder.stop()
+        self._first_steps.on_step()
         if not skipped:
             self._let_methods_decide(loss, loss_scale)
         for table in self.tables.values():

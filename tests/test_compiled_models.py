@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from lrlora_ops import Adapters, DynamicRank, FixedRank, LearnedRank, apply_lora
+from lrlora_ops import Adapters, DynamicRank, LearnedRank, apply_lora
 
 transformers = pytest.importorskip("transformers")
 from tests._moe import tiny  # noqa: E402
@@ -47,8 +45,8 @@ def train(model: nn.Module, forward, adapters: Adapters) -> tuple[list[Tensor], 
     return losses, ranks
 
 
-def assert_compiles_once(model: nn.Module, methods, graphs: int, compiler: str, fullgraph: bool = True) -> None:
-    """In ``graphs`` graphs; the run equals the uncompiled one."""
+def assert_compiles_once(model: nn.Module, methods) -> None:
+    """To one graph, forward and backward; the run equals the uncompiled one."""
     plain = copy.deepcopy(model)
     runs = []
     for own in (model, plain):
@@ -56,26 +54,18 @@ def assert_compiles_once(model: nn.Module, methods, graphs: int, compiler: str, 
         adapters = apply_lora(own, methods)
         for parameter in adapters.parameters():
             nn.init.normal_(parameter, std=0.1)
-        compiled = torch.compile(own, fullgraph=fullgraph, backend=compiler) if own is model else own
+        compiled = torch.compile(own, fullgraph=True, backend="aot_eager") if own is model else own
         runs.append(train(own, compiled, adapters))
-    assert counters["stats"]["unique_graphs"] == graphs
+    assert counters["stats"]["unique_graphs"] == 1
     (losses, ranks), (expected, expected_ranks) = runs
     assert ranks == expected_ranks and len({tuple(row) for row in ranks}) == CHANGES
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_experts(name):
+def test_experts():
     """Grown, with layers beside them whose ranks are learned."""
-    assert_compiles_once(tiny(name), {"experts": GROWN, "all-linear": LEARNED}, 1, "aot_eager")
+    assert_compiles_once(tiny("qwen3_moe"), {"experts": GROWN, "all-linear": LEARNED})
 
 
 def test_a_dense_model():
-    assert_compiles_once(llama(), {"all-linear": LEARNED}, 1, "aot_eager")
-
-
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler")
-def test_inductor():
-    """The default compiler; one layer's attention, for it takes a while."""
-    methods = {"*layers.0.self_attn.*": LEARNED, "*layers.0.mlp.*": FixedRank(2)}
-    assert_compiles_once(llama(), methods, 1, "inductor")
+    assert_compiles_once(llama(), {"all-linear": LEARNED})

@@ -1,4 +1,4 @@
-"""A loop that never calls ``adapters.step()`` is told so once; no other loop hears anything."""
+"""A loop that never calls ``adapters.step()``, or passes adapters by, is told so once; no other hears anything."""
 
 from __future__ import annotations
 
@@ -96,3 +96,30 @@ def test_nothing_stays_behind():
     del model, adapters
     gc.collect()
     assert gone() is None and len(hooks) == before
+
+
+def test_adapters_that_the_loop_passes_by():
+    """As a trainer that multiplies by ``lm_head.weight`` itself; frozen ones are somebody's intention."""
+    model = Model()
+    adapters = apply_lora(model, LEARNED, [*ALL, "lm_head"])
+    frozen = adapters.modules["layers.1.q_proj"]
+    frozen.requires_grad_(False)
+    x = model.embed(IDS)
+    for layer in model.layers:
+        x = layer(x)
+    (x @ model.lm_head.weight.t()).square().mean().backward()
+    with pytest.warns(UserWarning, match=r"^lm_head got no gradient in the first step") as caught:
+        adapters.step()
+        adapters.step()
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_a_loop_that_cleared_its_gradients_hears_nothing():
+    """Nothing can be said of them then."""
+    model, adapters = start()
+    model(IDS).square().mean().backward()
+    for parameter in adapters.parameters():
+        parameter.grad = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapters.step()

@@ -123,6 +123,21 @@ def test_a_checkpoint_may_have_moved(tmp_path):
     assert_same(state_of(model, adapters), state_of(resumed, others))
 
 
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
+    """Ranks and the methods' state with the weights."""
+    model, adapters = adapted("grown experts, learned layers")
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    steps = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    run = trainer(model, adapters, tmp_path, **best, **steps)  # the worst, in truth: the first one
+    run.eval_dataset = run.train_dataset
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-3")
+    loaded, others = adapted("grown experts, learned layers")
+    others.load(tmp_path / "checkpoint-3")
+    assert_same(state_of(model, adapters), state_of(loaded, others))
+    assert adapters.metrics()["lrlora/rank_mean/experts"] < 3
+
+
 def test_a_resumed_run_may_have_another_length(tmp_path):
     """The trainer tells it, unless the method was told."""
     model, adapters = adapted("learned")

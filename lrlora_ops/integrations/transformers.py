@@ -56,6 +56,11 @@ class AdaptersCallback(TrainerCallback):
         resumed = frame.f_locals.get("resume_from_checkpoint")
         return None if resumed is None else Path(resumed)
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The methods' state goes with the weights of the best checkpoint, which the trainer has just loaded."""
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            self.adapters.load(state.best_model_checkpoint)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
