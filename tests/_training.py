@@ -96,7 +96,8 @@ def trainer(
         | settings,
     )
     callbacks = [*callbacks, adapters.callback()]
-    return transformers.Trainer(model=model, args=arguments, train_dataset=Text(), callbacks=callbacks)
+    data = {"train_dataset": Text(), "eval_dataset": Text()}
+    return transformers.Trainer(model=model, args=arguments, callbacks=callbacks, **data)
 
 
 class Statistics:
