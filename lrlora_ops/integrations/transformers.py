@@ -51,8 +51,9 @@ class AdaptersCallback(TrainerCallback):
         if frame is None:
             return None
         callbacks = frame.f_locals["self"].callback_handler.callbacks
-        callbacks.remove(self)
-        callbacks.insert(0, self)
+        if self in callbacks:  # and not part of another one
+            callbacks.remove(self)
+            callbacks.insert(0, self)
         resumed = frame.f_locals.get("resume_from_checkpoint")
         return None if resumed is None else Path(resumed)
 
@@ -92,7 +93,8 @@ class AdaptersCallback(TrainerCallback):
         if logs is not None and "loss" in logs:
             figures = self.adapters.metrics()
             logs.update(figures)
-            state.log_history[-1].update(figures)  # a copy of the logs, made before anybody saw them
+            for row in state.log_history[-1:]:  # a copy of the logs, made before anybody saw them
+                row.update(figures)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The trainer's own files lack what a method must remember."""
