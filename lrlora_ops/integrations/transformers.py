@@ -97,9 +97,8 @@ class AdaptersCallback(TrainerCallback):
                 row.update(figures)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The trainer's own files lack what a method must remember."""
-        if state.is_world_process_zero:
-            self.adapters.save(_checkpoint(args, state))
+        """The trainer's own files lack what a method must remember. The first process writes it."""
+        self.adapters.save(_checkpoint(args, state))
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
