@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks import dense_peers, providers
 from benchmarks.floors import Cost, base_cost, lora_cost
-from benchmarks.providers import BUILDERS, FORWARD_BACKWARD, MODES, Oracle, Problem, Provider
+from benchmarks.providers import FORWARD_BACKWARD, MODES, Oracle, Problem, Provider
 from benchmarks.race import DTYPES
 from benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, LONG_SHAPES, Shape
 
+BUILDERS = {**providers.BUILDERS, **dense_peers.BUILDERS}
 _DEAD = (128, (128, 64, 32, 8))
 
 
@@ -19,7 +21,7 @@ _DEAD = (128, (128, 64, 32, 8))
 class Case:
     """One layer, dtype and adapter of ``max_rank`` components, with as many alive as ``live`` says, one by one.
 
-    ``effort`` is the share of the usual time to spend on it.
+    ``effort`` is the share of the usual time to spend on it; the lowest ``priority`` comes first.
     """
 
     shape: Shape
@@ -29,6 +31,7 @@ class Case:
     peers: tuple[str, ...]
     effort: float = 1.0
     modes: tuple[str, ...] = MODES
+    priority: int = 1
 
     def __str__(self) -> str:
         return f"{self.shape} {DTYPES[self.dtype]} r{self.max_rank}"
@@ -76,13 +79,17 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
             )
         ]
     if device.type == "cuda":
-        peers: tuple[str, ...] = ("PEFT", "eager", "addmm", "compile")
-        first = LONG_SHAPES[0]
+        peers: tuple[str, ...] = ("PEFT", "eager", "addmm")
+        bf16, first = torch.bfloat16, LONG_SHAPES[0]
         others = [shape for shape in GPU_SHAPES if shape.model != "8B" and shape.projection in ("q_proj", "down_proj")]
-        sizes = [(shape, rank) for shape in LONG_SHAPES for rank in (16, 128)]
-        sizes += [(shape, 16) for shape in others] + [(first, 4), (first, 64)]
-        selected = [Case(shape, torch.bfloat16, rank, (rank,), peers) for shape, rank in sizes]
-        return [*selected, Case(first, torch.bfloat16, *_DEAD, ("PEFT",))]
+        selected = [
+            Case(shape, bf16, 16, (16,), (*peers, "PEFT, accelerated", "compile", "LoRAFusion"), priority=0)
+            for shape in LONG_SHAPES
+        ]
+        selected += [Case(shape, bf16, 128, (128,), peers) for shape in LONG_SHAPES[:3]]
+        sizes = [(shape, 16) for shape in others] + [(first, 4), (first, 64)]
+        selected += [Case(shape, bf16, rank, (rank,), peers, priority=2) for shape, rank in sizes]
+        return [*selected, Case(first, bf16, *_DEAD, ("PEFT",), priority=2)]
     peers = ("PEFT", "eager", "compile")
     sizes = [(shape, 16) for shape in CPU_SHAPES] + [(CPU_SHAPES[0], 4), (CPU_SHAPES[0], 64)]
     selected = [Case(shape, torch.float32, rank, (rank,), peers) for shape, rank in sizes]

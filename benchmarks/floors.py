@@ -61,6 +61,12 @@ def lora_cost(shape: Shape, rank: int, itemsize: int = 2, adapter_itemsize: int 
     return Cost(activations + 3 * adapter_itemsize * rank * (k + n), 6 * m * rank * (k + n))
 
 
+def accumulating_cost(shape: Shape, rank: int, itemsize: int = 2) -> Cost:
+    """The adapter if its expands write y and dx, and the base products add to them: these two writes on top."""
+    cost = lora_cost(shape, rank, itemsize, itemsize)
+    return Cost(cost.bytes + itemsize * shape.M * (shape.K + shape.N), cost.flops)
+
+
 def experts_base_cost(layer: ExpertsShape, itemsize: int = 2, *, backward: bool = True) -> Cost:
     """The frozen experts: each of two projections reads all weights once, x per token and its rows, writes its rows."""
     t, rows, k, n, e = layer.T, layer.rows, layer.hidden, layer.intermediate, layer.num_experts

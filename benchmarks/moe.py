@@ -9,11 +9,13 @@ from functools import partial
 import torch
 
 from benchmarks.floors import Cost, experts_base_cost, experts_lora_cost
-from benchmarks.moe_providers import BUILDERS, ExpertsOracle, ExpertsProblem
+from benchmarks import moe_peers, moe_plain, moe_providers
+from benchmarks.moe_providers import ExpertsOracle, ExpertsProblem
 from benchmarks.providers import FORWARD_BACKWARD, MODES, Provider
 from benchmarks.race import DTYPES
 from benchmarks.shapes import ExpertsShape, mixtral, olmoe, qwen3
 
+BUILDERS = {**moe_providers.BUILDERS, **moe_plain.BUILDERS, **moe_peers.BUILDERS}
 MEAN = 16
 
 
@@ -54,7 +56,10 @@ RANKS: dict[str, Callable[[int], list[int]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One layer, dtype and distribution of ranks, by its name in ``RANKS``."""
+    """One layer, dtype, distribution of ranks by its name in ``RANKS``, and of rows by its name in ``ROUTINGS``.
+
+    ``effort`` is the share of the usual time to spend on it; the lowest ``priority`` comes first.
+    """
 
     shape: ExpertsShape
     dtype: torch.dtype
@@ -62,6 +67,8 @@ class Case:
     peers: tuple[str, ...]
     effort: float = 1.0
     modes: tuple[str, ...] = MODES
+    routing: str = "random"
+    priority: int = 1
 
     def __str__(self) -> str:
         return f"{self.layer} {DTYPES[self.dtype]}"
@@ -73,7 +80,8 @@ class Case:
 
     @property
     def layer(self) -> str:
-        return f"{self.shape}, {self.ranks} ranks"
+        routing = "" if self.routing == "random" else f", {self.routing} routing"
+        return f"{self.shape}, {self.ranks} ranks{routing}"
 
     @property
     def max_rank(self) -> int:
@@ -86,12 +94,14 @@ class Case:
     def contenders(self) -> dict[str, tuple[str, int]]:
         """Name in the report -> (builder, mean rank)."""
         return {
-            name: (name, 0 if name.startswith("base") else self.mean_rank) for name in ("base", "lrlora", *self.peers)
+            name: (name, 0 if name.startswith("base") or name in moe_peers.TRAIN_THE_WEIGHTS else self.mean_rank)
+            for name in ("base", "lrlora", *self.peers)
         }
 
     def prepare(self, device: torch.device) -> tuple[Callable[[str, int], Provider], Callable[[Provider], None]]:
         """The providers of one random problem, and its oracle."""
-        problem = ExpertsProblem.random(self.shape, self.dtype, RANKS[self.ranks](self.shape.num_experts), device)
+        ranks = RANKS[self.ranks](self.shape.num_experts)
+        problem = ExpertsProblem.random(self.shape, self.dtype, ranks, device, self.routing)
         return lambda builder, _: BUILDERS[builder](problem), ExpertsOracle(problem).check
 
     def work(self, rank: int, mode: str) -> Cost:
@@ -107,13 +117,9 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     if quick:
         tiny = ExpertsShape("tiny", 40, 6, 2, 24, 16)
         return [Case(tiny, torch.float32, "uniform", ("PEFT", "PEFT, accelerated", "base, eager"), 0.05)]
-    peers = ("base, eager", "PEFT")
     if device.type == "cuda":
-        layers = [make(tokens) for tokens in (4096, 8192, 32768) for make in (olmoe, qwen3, mixtral)]
-        selected = [Case(layer, torch.bfloat16, "uniform", ("PEFT",)) for layer in layers]
-        return selected + [
-            Case(olmoe(8192), torch.bfloat16, ranks, ("lrlora, padded",)) for ranks in ("bimodal", "zipf", "one")
-        ]
+        return _on_a_gpu()
+    peers = ("base, eager", "PEFT")
     training = partial(Case, modes=(FORWARD_BACKWARD,))  # a round of them all takes up to a minute
     layers = [make(tokens) for tokens in (1024, 256, 4096) for make in (olmoe, qwen3)]
     selected = [training(layer, dtype, "uniform", peers) for layer in layers for dtype in DTYPES_ON_CPU]
@@ -123,6 +129,24 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     selected += [training(olmoe(1024), torch.float32, ranks, padded) for ranks in ("bimodal", "zipf", "one")]
     sweep = [ExpertsShape("sweep", 512, experts, 8, 1024, 512) for experts in (8, 32, 128, 256)]
     return selected + [training(shape, torch.float32, ranks, ()) for ranks in ("shared", "uniform") for shape in sweep]
+
+
+def _on_a_gpu() -> list[Case]:
+    """The case of one priority takes turns with the next by name: OLMoE, Qwen3, Mixtral."""
+    adapters = ("PEFT", "PEFT, accelerated", "split grouped_mm")
+    peers = (*adapters, "axolotl", "ScatterMoE", "Liger")
+    bf16, training = partial(Case, dtype=torch.bfloat16), (FORWARD_BACKWARD,)
+    selected = [bf16(olmoe(8192), ranks="uniform", peers=peers, priority=0)]
+    selected += [bf16(qwen3(8192), ranks="uniform", peers=(*peers, "compile"), priority=0)]
+    selected += [bf16(mixtral(8192), ranks="uniform", peers=adapters)]
+    skewed = partial(bf16, olmoe(8192), modes=training)
+    selected += [
+        skewed(ranks="bimodal", peers=("lrlora, padded",), priority=0),
+        *(skewed(ranks="uniform", peers=("split grouped_mm",), routing=name, priority=0) for name in ("zipf", "hot")),
+        *(skewed(ranks=ranks, peers=("lrlora, padded",), priority=2) for ranks in ("zipf", "one")),
+    ]
+    layers = [make(tokens) for tokens in (4096, 32768) for make in (olmoe, qwen3, mixtral)]
+    return selected + [bf16(layer, ranks="uniform", peers=adapters, modes=training, priority=2) for layer in layers]
 
 
 DTYPES_ON_CPU = (torch.float32, torch.bfloat16)

@@ -15,7 +15,26 @@ from benchmarks.shapes import ExpertsShape
 from lrlora_ops import VariableRankLoRAExperts
 
 _PROJECTIONS = ("gate_up_proj", "down_proj")
-_TOKENS_OF_PARITY = 32
+_TOKENS_OF_PARITY = {"cpu": 32, "cuda": 4096}
+
+
+def zipf_routing(uniform: Tensor) -> Tensor:
+    """Expert e is drawn with a weight of 1 / (e + 1), without replacement: by the largest of Gumbel's numbers."""
+    popularity = 1 / torch.arange(1, uniform.shape[1] + 1, device=uniform.device)
+    return popularity.log() - (-uniform.clamp(1e-12, 1 - 1e-7).log()).log()
+
+
+def hot_routing(uniform: Tensor) -> Tensor:
+    """Every token goes to the first expert, and to others evenly."""
+    return uniform.index_fill(1, torch.zeros(1, dtype=torch.long, device=uniform.device), 2.0)
+
+
+# Uniform random numbers [T, E] -> scores, of which a token's experts have the highest.
+ROUTINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "random": lambda uniform: uniform,
+    "zipf": zipf_routing,
+    "hot": hot_routing,
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +55,9 @@ class ExpertsProblem:
     ranks: list[int]
 
     @classmethod
-    def random(cls, shape: ExpertsShape, dtype: torch.dtype, ranks: list[int], device: torch.device) -> ExpertsProblem:
+    def random(
+        cls, shape: ExpertsShape, dtype: torch.dtype, ranks: list[int], device: torch.device, routing: str = "random"
+    ) -> ExpertsProblem:
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*sizes: int, scale: float = 1.0) -> Tensor:
@@ -44,7 +65,7 @@ class ExpertsProblem:
 
         hidden, inner, experts, pool = shape.hidden, shape.intermediate, shape.num_experts, sum(ranks)
         features = {"gate_up_proj": (hidden, 2 * inner), "down_proj": (inner, hidden)}
-        scores = torch.rand(shape.T, experts, generator=generator, device=device)
+        scores = ROUTINGS[routing](torch.rand(shape.T, experts, generator=generator, device=device))
         return cls(
             x=normal(shape.T, hidden).requires_grad_(),
             dy=normal(shape.T, hidden),
@@ -168,16 +189,17 @@ BUILDERS: dict[str, Callable[[ExpertsProblem], Provider]] = {
 
 
 class ExpertsOracle:
-    """What a provider must compute, in fp64, on the first tokens: the rest of dy is zero while parity is checked."""
+    """What a provider must compute, in fp64, on some tokens: the rest of dy is zero while parity is checked."""
 
     def __init__(self, problem: ExpertsProblem) -> None:
         self.problem = problem
-        self.tokens = min(_TOKENS_OF_PARITY, problem.x.shape[0])
+        tokens, device = problem.x.shape[0], problem.x.device
+        self.tokens = torch.linspace(0, tokens - 1, min(_TOKENS_OF_PARITY[device.type], tokens), device=device).long()
         self.with_update, self.without = self._results(SCALING), self._results(0.0)
 
     def _results(self, scaling: float) -> dict[str, Tensor]:
-        p, first = self.problem, slice(0, self.tokens)
-        x, route = (t.detach()[first].double().requires_grad_() for t in (p.x, p.route))
+        p, chosen = self.problem, self.tokens
+        x, route = (t.detach()[chosen].double().requires_grad_() for t in (p.x, p.route))
         pools = {
             f"{name}.lora_{side}": pool[name].double().requires_grad_()
             for name in _PROJECTIONS
@@ -186,9 +208,9 @@ class ExpertsOracle:
         gates = torch.ones(2, sum(p.ranks), dtype=torch.float64, device=x.device, requires_grad=True)
         y = torch.zeros_like(x)
         ends = torch.tensor(p.ranks).cumsum(0).tolist()
-        for expert in p.index[first].unique().tolist():
+        for expert in p.index[chosen].unique().tolist():
             own = slice(ends[expert] - p.ranks[expert], ends[expert])
-            tokens, choice = (p.index[first] == expert).nonzero(as_tuple=True)
+            tokens, choice = (p.index[chosen] == expert).nonzero(as_tuple=True)
             rows = x[tokens]
             for name, gate in zip(_PROJECTIONS, gates, strict=True):
                 lora_A, lora_B = pools[f"{name}.lora_A"][own], pools[f"{name}.lora_B"][own]
@@ -198,17 +220,17 @@ class ExpertsOracle:
                     rows = nn.functional.silu(left) * right
             y = y.index_add(0, tokens, rows * route[tokens, choice, None])
         leaves = {"x": x, "route": route, **pools, "gate": gates}
-        gradients = torch.autograd.grad(y, list(leaves.values()), p.dy[first].double(), allow_unused=True)
+        gradients = torch.autograd.grad(y, list(leaves.values()), p.dy[chosen].double(), allow_unused=True)
         return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
     def check(self, provider: Provider) -> None:
         """Compare a provider's output and gradients; raises as ``compare`` does."""
-        masked = copy.copy(self.problem.dy)
-        masked[self.tokens :] = 0
+        masked = torch.zeros_like(self.problem.dy)
+        masked[self.tokens] = self.problem.dy[self.tokens]
         problem = copy.copy(self.problem)
         object.__setattr__(problem, "dy", masked)
         results = Provider(problem, provider.layer, provider.rank, provider.leaves, provider.canonical).results()  # type: ignore[arg-type]
         for name in ("y", "x", "route"):
-            results[name] = results[name][: self.tokens]
+            results[name] = results[name][self.tokens]
         expected = self.with_update if provider.rank else self.without
         compare({name: expected[name] for name in results}, results)

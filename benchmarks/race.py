@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -10,12 +12,18 @@ import torch
 
 from benchmarks.floors import Cost, Machine
 from benchmarks.memory import peak_bytes, saved_bytes
-from benchmarks.providers import FORWARD, FORWARD_BACKWARD, Provider
+from benchmarks.providers import FORWARD, FORWARD_BACKWARD, Provider, Unavailable
+from benchmarks.timers import Profiled, Timer, timer_for
 from benchmarks.timing import Spread, differences, interleave
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-# Of the rounds of a mode on a CPU; a training step takes about twice as long as inference, and matters more.
-_SECONDS = {FORWARD: 6.0, FORWARD_BACKWARD: 20.0}
+# Of the rounds of a mode; a training step takes about twice as long as inference, and matters more.
+_SECONDS = {"cpu": {FORWARD: 6.0, FORWARD_BACKWARD: 20.0}, "cuda": {FORWARD: 0.3, FORWARD_BACKWARD: 1.0}}
+_PROFILED_SECONDS = 1.0  # to profile takes longer than what is profiled
+
+
+class ContextLost(Exception):
+    """The process can use the GPU no more, whose memory a provider damaged, say; the first argument is its name."""
 
 
 class Case(Protocol):
@@ -26,6 +34,7 @@ class Case(Protocol):
         max_rank: The components that a group can have.
         effort: Share of the usual time to spend on it.
         modes: What is timed, of ``MODES``.
+        priority: The lowest is measured first.
     """
 
     @property
@@ -38,6 +47,8 @@ class Case(Protocol):
     def effort(self) -> float: ...
     @property
     def modes(self) -> tuple[str, ...]: ...
+    @property
+    def priority(self) -> int: ...
     @property
     def id(self) -> str:
         """A name without spaces, for ``pytest -k``."""
@@ -59,7 +70,9 @@ class Row:
     ``layer`` is the case by name, ``rank`` the live components per group. For the base layer, ``tflops`` and
     ``gb_per_s`` are its own; for all others the adapter's useful work, live components only, over the overhead.
     ``floor_ms`` bounds the same time from below, computed from the shapes and ``machine``. Memory in MB (1e6 bytes);
-    ``peak_extra_mb`` is beyond the base layer's peak.
+    ``peak_extra_mb`` is beyond the base layer's peak, ``peak_mb`` all that the layer needs, with its weights and x.
+    ``timer`` is a timer's ``kind``: the profiler's times leave the gaps between kernels out, and the overhead is then
+    over the base layer's time by the profiler. ``case`` is the case's id.
     """
 
     layer: str
@@ -78,6 +91,10 @@ class Row:
     gb_per_s: float | None
     peak_extra_mb: float
     saved_mb: float | None
+    case: str
+    timer: str
+    rounds: int
+    peak_mb: float
 
     def record(self) -> dict[str, Any]:
         """All but the single samples, ready for JSON."""
@@ -88,54 +105,150 @@ Outcome = Row | Exception
 Outcomes = dict[tuple[str, str], Outcome]  # (mode, provider)
 
 
-def measure(case: Case, device: torch.device, machine: Machine) -> Outcomes:
-    """Times every provider of the case that agrees with the oracle; the others' outcome is what went wrong."""
+def measure(
+    case: Case,
+    device: torch.device,
+    machine: Machine,
+    *,
+    time_left: Callable[[], float] = lambda: math.inf,
+    without: Mapping[str, str] | None = None,
+) -> Outcomes:
+    """Times every provider of the case that agrees with the oracle; the others' outcome is what went wrong.
+
+    Args:
+        case: What is measured.
+        device: Where.
+        machine: Its rates, for the floors.
+        time_left: Seconds; with none left, no further peer is built.
+        without: Providers that are left out, with the reason.
+
+    Raises:
+        ContextLost: A provider has made the GPU unusable for this process.
+        RuntimeError: The base layer itself cannot be timed.
+    """
     build, check = case.prepare(device)
     providers: dict[str, Provider] = {}
     outcomes: Outcomes = {}
     for name, (builder, rank) in case.contenders().items():
         try:
+            if without and name in without:
+                raise Unavailable(without[name])
+            if time_left() <= 0:
+                raise Unavailable("no time was left for it")
             provider = build(builder, rank)
             check(provider)
         except Exception as error:
-            outcomes.update({(mode, name): error for mode in case.modes})
+            outcomes.update({(mode, name): released(error) for mode in case.modes})
         else:
             providers[name] = provider
+        _require_context(device, name)
     del check
     if "base" not in providers:
         raise RuntimeError(f"nothing can be measured without the base layer: {outcomes[case.modes[0], 'base']}")
     for mode in case.modes:
-        outcomes |= {(mode, row.provider): row for row in _race(case, providers, mode, device, machine)}
+        outcomes |= _race(case, providers, mode, device, machine)
     return outcomes
 
 
-def _race(case: Case, providers: dict[str, Provider], mode: str, device: torch.device, machine: Machine) -> list[Row]:
-    steps = {name: provider.step(mode) for name, provider in providers.items()}
-    peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
-    samples = interleave(steps, device, case.effort * _SECONDS[mode])
-    overheads = {name: differences(times, samples["base"]) for name, times in samples.items()}
-    peft = Spread.of(overheads["PEFT"]).median if "PEFT" in overheads else None
-    rows = []
+def released(error: Exception) -> Exception:
+    """The error, whose traceback holds no local variables any more: they may be all of a GPU's memory."""
+    chained: BaseException | None = error
+    while chained is not None:
+        traceback.clear_frames(chained.__traceback__)
+        chained = chained.__cause__ or chained.__context__
+    return error
+
+
+def _require_context(device: torch.device, provider: str) -> None:
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise ContextLost(provider) from error
+
+
+def _race(
+    case: Case, providers: dict[str, Provider], mode: str, device: torch.device, machine: Machine
+) -> Outcomes:
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    timers: dict[str, Timer] = {}
+    peaks: dict[str, int] = {}
+    failed: dict[str, Exception] = {}
     for name, provider in providers.items():
-        cost = case.work(provider.rank, mode)
-        time, overhead = (_milliseconds(series[name]) for series in (samples, overheads))
-        spent = (time if name == "base" else overhead).median / 1e3
-        rows.append(
-            Row(
-                *(case.layer, DTYPES[case.dtype], case.max_rank, provider.rank, mode, name),
-                samples_s=samples[name],
-                time=time,
-                overhead=None if name == "base" else overhead,
-                overhead_to_base=None if name == "base" else overhead.median / _milliseconds(samples["base"]).median,
-                overhead_to_peft=ratio(overhead.median / 1e3, peft) if name != "base" else None,
-                floor_ms=cost.floor_ms(machine),
-                tflops=ratio(cost.flops / 1e12, spent),
-                gb_per_s=ratio(cost.bytes / 1e9, spent),
-                peak_extra_mb=(peaks[name] - peaks["base"]) / 1e6,
-                saved_mb=_saved_mb(provider) if mode == FORWARD_BACKWARD else None,
-            )
+        try:
+            step = provider.step(mode)
+            timers[name] = timer_for(step, device, pool)
+            peaks[name] = peak_bytes(step, device)
+        except Exception as error:
+            timers.pop(name, None)
+            failed[name] = released(error)
+        _require_context(device, name)
+    if "base" in failed:
+        raise failed["base"]
+    if timers["base"].kind == "profiler":  # then there is no base layer's time for a graph's
+        timers = {name: Profiled(providers[name].step(mode)) for name in timers}
+    samples, bases = _sample(timers, providers["base"].step(mode), device, case.effort * _SECONDS[device.type][mode])
+    for name, error in samples.items():
+        if isinstance(error, Exception):
+            failed[name] = released(error)
+            _require_context(device, name)
+    if "base" in failed:
+        raise failed["base"]
+    outcomes: Outcomes = {(mode, name): error for name, error in failed.items()}
+    times = {name: taken for name, taken in samples.items() if not isinstance(taken, Exception)}
+    overheads = {
+        name: _milliseconds(differences(taken, bases[timers[name].kind])) for name, taken in times.items() if name != "base"
+    }
+    peft = overheads["PEFT"].median if "PEFT" in overheads else None
+    for name, taken in times.items():
+        provider, kind = providers[name], timers[name].kind
+        cost, time, overhead = case.work(provider.rank, mode), _milliseconds(taken), overheads.get(name)
+        spent = (overhead or time).median / 1e3
+        outcomes[mode, name] = Row(
+            *(case.layer, DTYPES[case.dtype], case.max_rank, provider.rank, mode, name),
+            samples_s=taken,
+            time=time,
+            overhead=overhead,
+            overhead_to_base=overhead and overhead.median / _milliseconds(bases[kind]).median,
+            overhead_to_peft=overhead and ratio(overhead.median, peft),
+            floor_ms=cost.floor_ms(machine),
+            tflops=ratio(cost.flops / 1e12, spent),
+            gb_per_s=ratio(cost.bytes / 1e9, spent),
+            peak_extra_mb=(peaks[name] - peaks["base"]) / 1e6,
+            saved_mb=_saved_mb(provider) if mode == FORWARD_BACKWARD else None,
+            case=case.id,
+            timer=kind,
+            rounds=len(taken),
+            peak_mb=(peaks[name] + held_bytes(provider)) / 1e6,
         )
-    return rows
+    return outcomes
+
+
+def _sample(
+    timers: dict[str, Timer], base: Callable[[], object], device: torch.device, budget_s: float
+) -> tuple[dict[str, list[float] | Exception], dict[str, list[float]]]:
+    """Samples, or what went wrong, by provider, and the base layer's samples by the kind of timer.
+
+    What the profiler times comes last, and the base layer once more with it.
+    """
+    profiled = {name: timer for name, timer in timers.items() if timer.kind == "profiler" and name != "base"}
+    samples, failed = interleave({n: t for n, t in timers.items() if n not in profiled}, device, budget_s)
+    bases = {timers["base"].kind: samples["base"]} if "base" in samples else {}
+    if profiled and bases:
+        late, late_failed = interleave({"base": Profiled(base), **profiled}, device, _PROFILED_SECONDS)
+        if "base" in late_failed:
+            failed |= dict.fromkeys(profiled, late_failed["base"])
+        else:
+            bases["profiler"] = late.pop("base")
+            samples, failed = samples | late, failed | late_failed
+    return {**samples, **failed}, bases
+
+
+def held_bytes(provider: Provider) -> int:
+    """What a provider's layer and its input hold between steps, each storage once."""
+    tensors = [provider.problem.x, *provider.resident()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def ratio(value: float, unit: float | None) -> float | None:

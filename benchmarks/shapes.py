@@ -84,3 +84,16 @@ def qwen3(tokens: int) -> ExpertsShape:
 def mixtral(tokens: int) -> ExpertsShape:
     """Mixtral-8x7B, from its config.json."""
     return ExpertsShape("Mixtral", tokens, 8, 2, 4096, 14336)
+
+
+@dataclass(frozen=True)
+class ProjectionShape:
+    """One projection ``[K] -> [N]`` of all experts, for L rows in all."""
+
+    rows: int
+    num_experts: int
+    K: int
+    N: int
+
+    def __str__(self) -> str:
+        return f"experts {self.rows} rows {self.num_experts}e {self.K}x{self.N}"

@@ -5,18 +5,18 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.floors import Machine
+from benchmarks.timers import Timer, timer_for
 
-Step = Callable[[], object]
-MIN_ROUNDS, MAX_ROUNDS = 5, 100
-_GPU_ROUNDS, _GPU_REPLAY_MS = 3, 20
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
+# The fewest and the most rounds; a GPU's clock is steadier, and its time is short.
+ROUNDS = {"cpu": (5, 100), "cuda": (10, 60)}
 
 
 @dataclass(frozen=True)
@@ -40,48 +40,50 @@ def differences(samples: Sequence[float], base: Sequence[float]) -> list[float]:
     return [sample - other for sample, other in zip(samples, base, strict=True)]
 
 
-def interleave(steps: dict[str, Step], device: torch.device, budget_s: float) -> dict[str, list[float]]:
+def interleave(
+    timers: Mapping[str, Timer], device: torch.device, budget_s: float
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Seconds that each step takes: lists of equal length, whose entries of the same index were taken together.
 
-    On a CPU a round runs each step once, in random order, and there are as many rounds as the budget allows, within
-    ``MIN_ROUNDS`` and ``MAX_ROUNDS``. On a GPU a round replays a CUDA graph of each step, host time left out.
+    A round takes one sample of each, in random order, and there are as many rounds as the budget allows, within
+    ``ROUNDS``. The first round is not counted: on a CPU first calls allocate and compile.
+
+    Returns:
+        The samples by name, and what went wrong with those that failed on the way, who have no samples.
     """
-    sample = _replayed if device.type == "cuda" else _called
-    order, shuffle = list(steps), random.Random(0).shuffle
+    order, shuffle = list(timers), random.Random(0).shuffle
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    failed: dict[str, Exception] = {}
+
+    def take(name: str) -> None:
+        try:
+            samples[name].append(timers[name].sample())
+        except Exception as error:
+            failed[name] = error
+            order.remove(name)
+            del samples[name]
+
     began = time.perf_counter()
-    for step in steps.values():  # first calls allocate and compile
-        step()
-    rounds = _GPU_ROUNDS
-    if device.type != "cuda":
-        rounds = int(budget_s / max(time.perf_counter() - began, 1e-9))
-        rounds = min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)
-    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for name in list(order):
+        take(name)
+    least, most = ROUNDS[device.type]
+    rounds = min(max(int(budget_s / max(time.perf_counter() - began, 1e-9)), least), most)
     for _ in range(rounds):
         shuffle(order)
-        for name in order:
-            samples[name] += sample(steps[name])
-    return samples
-
-
-def _called(step: Step) -> list[float]:
-    began = time.perf_counter()
-    result = step()
-    elapsed = time.perf_counter() - began
-    del result  # the memory goes back when the clock has stopped, for all alike
-    return [elapsed]
-
-
-def _replayed(step: Step) -> list[float]:
-    from triton.testing import do_bench_cudagraph
-
-    return [ms / 1e3 for ms in do_bench_cudagraph(step, rep=_GPU_REPLAY_MS, return_mode="all")]
+        for name in list(order):
+            take(name)
+    return {name: taken[1:] for name, taken in samples.items()}, failed
 
 
 def probe(device: torch.device, dtype: torch.dtype, name: str) -> Machine:
     """What this machine reaches: the rates of a large copy and of a large matrix product, the best of several."""
-    source = torch.ones(_COPY_BYTES[device.type] // 2, dtype=torch.uint8, device=device)
+    source = torch.randint(256, (_COPY_BYTES[device.type] // 2,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     size = _MATMUL_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = interleave({"copy": lambda: target.copy_(source), "matmul": lambda: left @ right}, device, budget_s=1)
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    steps = {"copy": lambda: target.copy_(source), "matmul": lambda: left @ right}
+    times, failed = interleave({name: timer_for(step, device, pool) for name, step in steps.items()}, device, 1.0)
+    for error in failed.values():
+        raise error
     return Machine(name, 2 * source.numel() / min(times["copy"]), 2 * size**3 / min(times["matmul"]))
