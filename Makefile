@@ -31,14 +31,12 @@ bench: $(VENV)/.installed-bench  ## Time this library beside its peers
 static: $(VENV)/.installed-bench  ## Compile every kernel for four GPU targets and report on the code; needs no GPU
 	$(BIN)/python -m benchmarks.static $(ARGS)
 
-gpu:  ## On a GPU: parity tests, then benchmarks, from the source tree with the first Python whose torch sees the GPU
+gpu:  ## On a GPU, in ten minutes: parity tests, benchmarks, docs/performance.md; uses the first Python whose torch sees it
 	@python=$$(for python in $(BIN)/python python3; do \
 	    $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo $$python && break; done); \
 	test -n "$$python" || { echo "make gpu: neither $(BIN)/python nor python3 has a torch that sees a GPU;" \
 	    "on a machine with one, make test installs it" >&2; exit 1; }; \
-	set -ex; export PYTHONPATH=.; \
-	$$python -m pytest -m gpu tests; \
-	$$python -m pytest benchmarks/ --benchmark-only --results benchmarks/results/ $(ARGS)
+	set -x; PYTHONPATH=. PYTHONUNBUFFERED=1 $$python -m benchmarks.gpu $(ARGS)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 on the PATH: install one, or name it with PYTHON=..." >&2; exit 1; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,9 @@ import torch
 from benchmarks import report
 from benchmarks.floors import Machine
 from benchmarks.providers import FORWARD_BACKWARD, Unavailable
-from benchmarks.race import DTYPES, Case, ContextLost, Outcome, Outcomes, Row, measure
+from benchmarks.race import CONTEXT_LOST, DTYPES, Case, ContextLost, Outcome, Outcomes, Row, measure
 from benchmarks.results_file import Results, file_for
 from benchmarks.timing import probe
-
-# pytest's exit code where the process can use the GPU no more, and the cases that are left need another one.
-CONTEXT_LOST = 93
 
 
 class Bench:
@@ -59,9 +57,7 @@ class Bench:
         began = time.monotonic()
         try:
             without = self.results.content["blamed"].get(case.id)
-            outcomes = measure(
-                case, self.device, self.machine(case.dtype), time_left=self.time_left, without=without
-            )
+            outcomes = measure(case, self.device, self.machine(case.dtype), time_left=self.time_left, without=without)
         except ContextLost as lost:
             self.results.blame(case.id, lost.args[0], f"it made the GPU unusable: {lost.__cause__}", self.about())
             pytest.exit(f"{case}: {lost.args[0]} made the GPU unusable; --resume goes on without it", CONTEXT_LOST)
@@ -110,12 +106,16 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--resume needs --results: the file to take up")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = Results(None if path is None else file_for(path, report.device_name(device)), resume)
+    before = results.content.get("commit", report.commit()).removesuffix("-dirty")
+    if before != report.commit().removesuffix("-dirty"):
+        raise pytest.UsageError(f"--resume: {results.path} was measured at commit {before}; leave --resume out")
 
     def write_line(line: str) -> None:
-        reporter = config.pluginmanager.get_plugin("terminalreporter")
-        if reporter is not None:
-            reporter.ensure_newline()
-            reporter.write_line(line)
+        reporter, capture = map(config.pluginmanager.get_plugin, ("terminalreporter", "capturemanager"))
+        with capture.global_and_fixture_disabled() if capture else nullcontext():
+            if reporter is not None:
+                reporter.ensure_newline()
+                reporter.write_line(line)
 
     config.stash[BENCH] = Bench(results, config.getoption("--minutes", None), write_line)
 

@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
-from benchmarks.floors import Cost, experts_base_cost, experts_lora_cost
 from benchmarks import moe_peers, moe_plain, moe_providers
+from benchmarks.floors import Cost, experts_base_cost, experts_lora_cost
 from benchmarks.moe_providers import ExpertsOracle, ExpertsProblem
 from benchmarks.providers import FORWARD_BACKWARD, MODES, Provider
 from benchmarks.race import DTYPES

@@ -61,7 +61,8 @@ class Peer:
         try:
             return importlib.import_module(self.module)
         except Exception as error:  # whatever a foreign package does when it is imported here
-            raise Unavailable(f"{self.module} of {named} cannot be imported ({type(error).__name__}: {error})") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise Unavailable(f"{self.module} of {named} cannot be imported ({reason})") from error
 
 
 AXOLOTL = Peer(

@@ -21,6 +21,9 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _SECONDS = {"cpu": {FORWARD: 6.0, FORWARD_BACKWARD: 20.0}, "cuda": {FORWARD: 0.3, FORWARD_BACKWARD: 1.0}}
 _PROFILED_SECONDS = 1.0  # to profile takes longer than what is profiled
 
+# The exit code of a process that can use the GPU no more, and leaves the other cases to the next one.
+CONTEXT_LOST = 93
+
 
 class ContextLost(Exception):
     """The process can use the GPU no more, whose memory a provider damaged, say; the first argument is its name."""
@@ -168,26 +171,10 @@ def _require_context(device: torch.device, provider: str) -> None:
         raise ContextLost(provider) from error
 
 
-def _race(
-    case: Case, providers: dict[str, Provider], mode: str, device: torch.device, machine: Machine
-) -> Outcomes:
-    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    timers: dict[str, Timer] = {}
-    peaks: dict[str, int] = {}
-    failed: dict[str, Exception] = {}
-    for name, provider in providers.items():
-        try:
-            step = provider.step(mode)
-            timers[name] = timer_for(step, device, pool)
-            peaks[name] = peak_bytes(step, device)
-        except Exception as error:
-            timers.pop(name, None)
-            failed[name] = released(error)
-        _require_context(device, name)
+def _race(case: Case, providers: dict[str, Provider], mode: str, device: torch.device, machine: Machine) -> Outcomes:
+    timers, peaks, failed = _prepare(providers, mode, device)
     if "base" in failed:
         raise failed["base"]
-    if timers["base"].kind == "profiler":  # then there is no base layer's time for a graph's
-        timers = {name: Profiled(providers[name].step(mode)) for name in timers}
     samples, bases = _sample(timers, providers["base"].step(mode), device, case.effort * _SECONDS[device.type][mode])
     for name, error in samples.items():
         if isinstance(error, Exception):
@@ -195,12 +182,14 @@ def _race(
             _require_context(device, name)
     if "base" in failed:
         raise failed["base"]
-    outcomes: Outcomes = {(mode, name): error for name, error in failed.items()}
     times = {name: taken for name, taken in samples.items() if not isinstance(taken, Exception)}
     overheads = {
-        name: _milliseconds(differences(taken, bases[timers[name].kind])) for name, taken in times.items() if name != "base"
+        name: _milliseconds(differences(taken, bases[timers[name].kind]))
+        for name, taken in times.items()
+        if name != "base"
     }
     peft = overheads["PEFT"].median if "PEFT" in overheads else None
+    outcomes: Outcomes = {(mode, name): error for name, error in failed.items()}
     for name, taken in times.items():
         provider, kind = providers[name], timers[name].kind
         cost, time, overhead = case.work(provider.rank, mode), _milliseconds(taken), overheads.get(name)
@@ -223,6 +212,27 @@ def _race(
             peak_mb=(peaks[name] + held_bytes(provider)) / 1e6,
         )
     return outcomes
+
+
+def _prepare(
+    providers: dict[str, Provider], mode: str, device: torch.device
+) -> tuple[dict[str, Timer], dict[str, int], dict[str, Exception]]:
+    """The timers and peaks of memory of those whose step runs, and what went wrong with the others."""
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    timers: dict[str, Timer] = {}
+    peaks: dict[str, int] = {}
+    failed: dict[str, Exception] = {}
+    for name, provider in providers.items():
+        try:
+            step = provider.step(mode)
+            timer = timer_for(step, device, pool)
+            timers[name], peaks[name] = timer, peak_bytes(step, device)
+        except Exception as error:
+            failed[name] = released(error)
+        _require_context(device, name)
+    if "base" in timers and timers["base"].kind == "profiler":  # then no graph's time has a base layer's beside it
+        timers = {name: Profiled(providers[name].step(mode)) for name in timers}
+    return timers, peaks, failed
 
 
 def _sample(

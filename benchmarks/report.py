@@ -86,8 +86,8 @@ def text(content: dict[str, Any]) -> str:
         "p20..p80. Rates of an adapter: useful work of live components over the overhead. Floors are computed.",
     ]
     for title, block in groupby(content["rows"], title_of):
-        members = list(block)
-        lines += ["", title, *aligned([list(_COLUMNS), *([show(row) for show in _COLUMNS.values()] for row in members)])]
+        cells = [[show(row) for show in _COLUMNS.values()] for row in block]
+        lines += ["", title, *aligned([list(_COLUMNS), *cells])]
     if content.get("left_out"):
         lines += ["", "Not timed:", *left_out(content)]
     if rows := goals.table(content):
@@ -153,8 +153,9 @@ def _versions() -> dict[str, str]:
 
 def files() -> list[Path]:
     """The results files of the suite, the newest last."""
-    found = [(json.loads(path.read_text()), path) for path in FOLDER.glob("*.json")]
-    return [path for content, path in sorted(found, key=lambda pair: pair[0].get("date", "")) if "machines" in content]
+    read = ((json.loads(path.read_text()), path) for path in FOLDER.glob("*.json"))
+    found = [(content["date"], path) for content, path in read if "machines" in content]
+    return [path for _, path in sorted(found)]
 
 
 def main() -> None:
