@@ -20,7 +20,7 @@ from lrlora_ops import RankTable, grouped_lora_linear
 
 @dataclass(frozen=True)
 class ProjectionProblem:
-    """x ``[L, K]`` requires a gradient; dy ``[L, N]``, weight ``[E, N, K]``, lora_A ``[E, r, K]``, lora_B ``[E, r, N]``."""
+    """x ``[L, K]`` requires a gradient; dy ``[L, N]``, weight ``[E, N, K]``; lora_A and lora_B are ``[E, r, ...]``."""
 
     x: Tensor
     dy: Tensor
