@@ -1,8 +1,11 @@
 """Tile sizes of the kernels: data, chosen by the capacity of the rank, the dtype and the device."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+
+from lrlora_ops.kernels._measured import MEASURED
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,22 @@ def backend() -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
+@cache
+def measured() -> dict[tuple[str, int, int], Tile]:
+    """The tiles that were measured on this machine's GPU; they go before those above."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {key: Tile(*fields) for key, fields in MEASURED.get(device, {}).items()}
+
+
 def tile_for(kernel: str, width: int, dtype: torch.dtype) -> Tile:
     """The tile of a kernel on this machine, for U and V of ``width`` columns and a product of tiles of ``dtype``."""
-    return CONFIGS[backend(), dtype.itemsize][kernel][min(width, 128)]
+    capacity = min(width, 128)
+    shipped = CONFIGS[backend(), dtype.itemsize][kernel][capacity]
+    return measured().get((kernel, capacity, dtype.itemsize), shipped)
 
 
 def gemm_tile(rows_per_expert: int, dtype: torch.dtype) -> Tile:
     """The tile of a base product on this machine: the larger one for experts that fill it."""
-    small, large = GEMM_CONFIGS[backend(), dtype.itemsize]
-    return large if rows_per_expert >= large.block_m else small
+    shipped = GEMM_CONFIGS[backend(), dtype.itemsize]
+    many = int(rows_per_expert >= shipped[1].block_m)
+    return measured().get(("grouped_gemm", many, dtype.itemsize), shipped[many])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from enum import Enum
@@ -181,6 +183,22 @@ def export(
     from lrlora_ops.finetune.exported import export_adapter
 
     export_adapter(model, adapter, output, format.value, dtype.value)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    table: Annotated[
+        bool, typer.Option("--table", help="Print the tables of results files, the newest unless some are named.")
+    ] = False,
+) -> None:
+    """Time this library beside its peers: what follows goes to pytest. Needs the source tree, and its bench extra."""
+    root = Path(__file__).parents[1]
+    if not (root / "benchmarks" / "report.py").exists():
+        raise CommandError(f"the benchmarks are not in {root}: they are part of the source tree, not of the package")
+    suite = ["pytest", "benchmarks/", "--benchmark-only"]
+    command = ["benchmarks.report", *map(os.path.abspath, context.args)] if table else [*suite, *context.args]
+    raise typer.Exit(subprocess.run([sys.executable, "-m", *command], cwd=root).returncode)
 
 
 def main() -> None:
