@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ import torch
 
 pytest.importorskip("peft", reason="needs peft, as the benchmarks do")
 
-from benchmarks import dense, moe, race
+from benchmarks import dense, moe, projection, race
 from benchmarks.floors import Machine, base_cost, lora_cost
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.providers import BUILDERS, FORWARD_BACKWARD, MODES, Oracle, Problem, Unavailable
 from benchmarks.shapes import Shape
-from benchmarks.timing import MIN_ROUNDS, Spread, differences, interleave
+from benchmarks.timers import Called
+from benchmarks.timing import ROUNDS, Spread, differences, interleave
+from benchmarks.warm import all_cases
 
 ROOT = Path(__file__).parents[1]
 # pytest-benchmark turns itself off in a worker of pytest-xdist, and knows one by its environment.
@@ -107,11 +110,62 @@ def test_a_ratio_to_noise_is_none():
 
 def test_every_round_runs_every_step():
     calls: list[str] = []
-    samples = interleave({name: lambda name=name: calls.append(name) for name in "abc"}, CPU, budget_s=0)
-    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", MIN_ROUNDS)
+    timers = {name: Called(lambda name=name: calls.append(name)) for name in "abc"}
+    samples, failed = interleave(timers, CPU, budget_s=0)
+    assert not failed
+    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", ROUNDS["cpu"][0])
     rounds = [calls[start : start + 3] for start in range(3, len(calls), 3)]  # after the first calls
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len(set(map(tuple, rounds))) > 1  # no step always follows the same one
+
+
+def test_who_fails_in_a_round_does_not_stop_the_others():
+    class Fails(Called):
+        def sample(self):
+            calls.append(1)
+            if len(calls) > 3:
+                raise ValueError("no more")
+            return 1.0
+
+    calls: list[int] = []
+    samples, failed = interleave({"good": Called(lambda: None), "bad": Fails(lambda: None)}, CPU, budget_s=0)
+    assert list(samples) == ["good"]
+    assert len(samples["good"]) == ROUNDS["cpu"][0]
+    assert str(failed["bad"]) == "no more"
+
+
+def test_the_base_layer_is_profiled_beside_who_is():
+    """Kernel times are compared with kernel times, and what graphs give with what graphs give."""
+
+    class Fixed:
+        def __init__(self, kind, seconds):
+            self.kind, self.seconds = kind, seconds
+
+        def sample(self):
+            return self.seconds
+
+    timers = {"base": Fixed("graph", 5.0), "ours": Fixed("graph", 6.0), "waits": Fixed("profiler", 4.0)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(race, "Profiled", lambda step: Fixed("profiler", 3.0))
+        samples, bases = race._sample(timers, lambda: None, CPU, 0.0)
+    assert set(samples) == set(timers)
+    assert (set(bases["graph"]), set(bases["profiler"])) == ({5.0}, {3.0})
+    assert set(samples["waits"]) == {4.0}
+
+
+def test_a_kept_error_keeps_no_tensors():
+    def fails():
+        kept = torch.zeros(3)
+        references.append(weakref.ref(kept))
+        raise ValueError("with a tensor in its frame")
+
+    references: list[weakref.ref] = []
+    try:
+        fails()
+    except ValueError as error:
+        kept = race.released(error)
+    assert isinstance(kept, ValueError)
+    assert references[0]() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -146,7 +200,7 @@ def test_floor_of_forward_alone():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_cases_have_unique_names(device):
-    ids = [case.id for case in dense.cases(torch.device(device))]
+    ids = [case.id for case in all_cases(torch.device(device))]
     assert len(ids) == len(set(ids))
 
 
@@ -162,7 +216,7 @@ def test_the_suite_runs(tmp_path):
     written = json.loads(results.read_text())
     assert {"device", "date", "commit", "versions", "machines"} < set(written)
     rows = {(row["layer"], row["mode"], row["provider"]): row for row in written["rows"]}
-    quick = [QUICK, *moe.cases(CPU, quick=True)]
+    quick = [QUICK, *moe.cases(CPU, quick=True), *projection.cases(CPU, quick=True)]
     assert set(rows) == {(c.layer, mode, name) for c in quick for mode in c.modes for name in c.contenders()}
     for (*_, provider), row in rows.items():
         assert (row["overhead"] is None) == (provider == "base")
