@@ -32,6 +32,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{skipped} GPU tests were skipped ({NO_GPU}); make gpu runs them")
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    # Parallel workers share the GPU's memory, and what one keeps for later is missing elsewhere.
+    if item.get_closest_marker("gpu") and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Fill new uninitialized tensors with NaN, so that an output that a kernel leaves unwritten shows."""

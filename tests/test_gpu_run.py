@@ -1,4 +1,4 @@
-"""``make gpu`` without a GPU: the order of work, what is kept when it is stopped, goals, generated tables, the timers."""
+"""``make gpu`` without a GPU: its order of work, what is kept when it is stopped, goals, generated tables, timers."""
 
 from __future__ import annotations
 
