@@ -1,8 +1,10 @@
 """What adapters hold: the arithmetic of the budget, counted on real layer sizes without allocating them."""
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks.memory import MAX_RANK, MEAN_RANK, budget_bytes, held
+from benchmarks.memory import MAX_RANK, MEAN_RANK, budget_bytes, held, table
 from benchmarks.shapes import ExpertsShape, olmoe, qwen3
 
 pytest.importorskip("peft")
@@ -26,3 +28,8 @@ def test_what_peers_hold(shape: ExpertsShape):
     assert (peft.adapters, peft.optimizer) == (ours.adapters, ours.optimizer)
     assert masked.adapters == MAX_RANK // MEAN_RANK * ours.adapters
     assert min(peft.saved, masked.saved) > 1.3 * ours.saved
+
+
+def test_the_page_has_the_table():
+    page = Path(__file__).parents[1] / "docs" / "distributed.md"
+    assert table() in page.read_text()
