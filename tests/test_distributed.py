@@ -241,8 +241,9 @@ def two(folder, four):
         policy.frozen = True
     compact.compact()
     compact.save(folder / "compact")
+    others = {"resumed": resumed_run, "refused": refusals, "parallel": parallel_models}
     tasks = [(how, whole_run, (how,)) for how in ("ddp", "fsdp", "fsdp bf16")]
-    return in_processes(2, folder, [*tasks, ("resumed", resumed_run, ()), ("refused", refusals, ())])
+    return in_processes(2, folder, tasks + [(name, task, ()) for name, task in others.items()])
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
