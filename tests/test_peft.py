@@ -26,6 +26,7 @@ from lrlora_ops import (
 )
 from lrlora_ops.integrations import peft_export
 from lrlora_ops.integrations._peft_layout import expert_components, expert_matrices, is_swapped
+from tests import peft_checkpoints
 from tests._moe import MODELS, adapted, ids, output, tiny
 
 EVERYTHING = ["experts", "all-linear"]
@@ -153,6 +154,15 @@ def test_one_projection_alone(tmp_path):
         model.save_pretrained(tmp_path / parameter)
         load_adapter(plain, tmp_path / parameter)
         assert_same(logits(plain), logits(model))
+
+
+@pytest.mark.parametrize("folder", sorted(peft_checkpoints.FOLDER.iterdir()), ids=lambda folder: folder.name)
+def test_checkpoints_of_all_versions(folder):
+    """Written by each version of PEFT from 0.18 on, with the logits that it gave."""
+    model = peft_checkpoints.base(folder.name.partition("-")[2])
+    load_adapter(model, folder)
+    with torch.no_grad():
+        assert_same(output(model.eval(), ids(1)), load_file(folder / "logits.safetensors")["logits"])
 
 
 @pytest.mark.parametrize("transposed", [False, True])
