@@ -1,7 +1,9 @@
-"""A folder with a tiny Mixture-of-Experts chat model: weights, a byte-level tokenizer and a chat template."""
+"""What docs/training.md takes for granted: a tiny Mixture-of-Experts chat model, and a file of conversations."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests._moe import COMMON, MODELS
 
+PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -17,7 +20,7 @@ TEMPLATE = (
 
 
 def save_chat_model(path: Path) -> None:
-    """Qwen3-MoE with random weights over bytes and three special tokens."""
+    """A folder with Qwen3-MoE of random weights, over bytes and three special tokens, and a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -32,3 +35,11 @@ def save_chat_model(path: Path) -> None:
     sizes = {"vocab_size": len(fast), "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": 2}
     config = transformers.AutoConfig.for_model("qwen3_moe", **COMMON | MODELS["qwen3_moe"] | sizes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+
+
+def save_chats(path: Path) -> None:
+    """The page's conversations, some dozen times, with answers of several lengths."""
+    chats = [json.loads(line) for line in re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)[1].splitlines()] * 12
+    for index, chat in enumerate(chats):
+        chat["messages"][-1]["content"] += " Good." * (index % 3)
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))

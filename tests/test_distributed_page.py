@@ -10,9 +10,10 @@ import pytest
 
 from lrlora_ops import load_adapter
 
-pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from tests.test_distributed import make_model
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("trl")
+from tests import _chat  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "distributed.md").read_text()
@@ -25,7 +26,9 @@ def outputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     for script in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         (folder / script.split()[1]).write_text(script)
-    make_model().save_pretrained(folder / "model")
+    (folder / "train.py").write_text(re.search(r"```python\n(.*?)```", _chat.PAGE, re.DOTALL)[1])
+    _chat.save_chat_model(folder / "model")
+    _chat.save_chats(folder / "chats.jsonl")
     paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     environment = os.environ | paths | {"OMP_NUM_THREADS": "1"}
     printed = []
@@ -36,17 +39,31 @@ def outputs(tmp_path_factory):
     return printed, folder
 
 
+def saved(outputs, run):
+    """The adapters that a run saved, in one process."""
+    folder = outputs[1]
+    return load_adapter(transformers.AutoModelForCausalLM.from_pretrained(folder / "model"), folder / run)
+
+
 def test_launchers_agree(outputs):
     """Two processes each, one of which prints."""
-    printed, folder = outputs
-    ranks = [re.search(r"MULTI_\w+ 2 (\{.*\})\n", text)[1] for text in printed[:2]]
-    assert ranks[0] == ranks[1] and sum(text.count("self_attn.q_proj") for text in printed[:2]) == 2 * 2
+    ranks = [re.search(r"MULTI_\w+ 2 (\{.*\})\n", text)[1] for text in outputs[0][:2]]
+    assert ranks[0] == ranks[1] and all(text.count("layers.0.self_attn.q_proj") == 1 for text in outputs[0][:2])
     for run in ("run-ddp", "run-accelerate"):
-        adapters = load_adapter(make_model(), folder / run)
-        assert str({name: found.tolist() for name, found in adapters.ranks().items()}) == ranks[0]
+        assert str({name: found.tolist() for name, found in saved(outputs, run).ranks().items()}) == ranks[0]
+
+
+def test_a_trainer(outputs):
+    """Both processes tell the same ranks, and the checkpoint has them."""
+    totals = re.findall(r"total of \d+ +(\d+) ", outputs[0][2])
+    assert len(totals) == 2 * 2 and len(set(totals)) == 1, "each process prints its summary twice"
+    checkpoint = max((outputs[1] / "run").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    adapters = saved(outputs, checkpoint)
+    ranks = adapters.ranks()
+    assert int(totals[0]) == sum(int(ranks[n].sum()) * len(m.pools()) for n, m in adapters.modules.items())
 
 
 def test_two_processes_save_and_one_resumes(outputs):
-    adapters = load_adapter(make_model(), outputs[1] / "run-dcp-adapters")
+    adapters = saved(outputs, "run-dcp-adapters")
     assert adapters.policies[0].frozen and adapters.policies[0].t == 8
     assert len({int(rank) for rank in adapters.ranks().values()}) > 1

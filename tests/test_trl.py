@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -14,10 +13,9 @@ from lrlora_ops import DynamicRank, LearnedRank, apply_lora
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-from tests._chat import save_chat_model  # noqa: E402
+from tests._chat import PAGE, save_chat_model, save_chats  # noqa: E402
 from tests._training import Statistics, assert_same, state_of  # noqa: E402
 
-PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
 METHODS = {
     "experts": DynamicRank(initial_rank=1, target_rank=3, max_rank=6, interval=2, warmup=0.1),
     "all-linear": LearnedRank(3, 6, lr=0.5),
@@ -30,11 +28,7 @@ def at_home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     save_chat_model(tmp_path / "model")
-    lines = re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)[1]
-    chats = [json.loads(line) for line in lines.splitlines()] * 12
-    for index, chat in enumerate(chats):
-        chat["messages"][-1]["content"] += " Good." * (index % 3)  # answers of several lengths
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    save_chats(tmp_path / "chats.jsonl")
 
 
 def sft(**settings):
