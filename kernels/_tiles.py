@@ -72,6 +72,12 @@ def locate_tile(
 
 
 @triton.jit
+def stores_end(expert, end, num_rows, num_experts):
+    """The row up to which an expert's tiles write: the last expert's go on to the last row, which is no expert's."""
+    return tl.where(expert == num_experts - 1, num_rows, end)
+
+
+@triton.jit
 def pool_rows(
     components_ptr,  # [E, max_rank], unused unless HAS_TABLE
     expert,

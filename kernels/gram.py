@@ -17,6 +17,80 @@ from lrlora_ops.kernels._tiles import dot_precision, pool_rows, row_major, sourc
 _TARGET_PROGRAMS = 256
 
 
+@triton.jit
+def row_weights(
+    weights_ptr,  # [T, k], unused unless HAS_WEIGHTS
+    row_order_ptr,  # [L]
+    offs_m,
+    mask_m,
+    HAS_WEIGHTS: tl.constexpr,
+):
+    """fp32 routing weights of the sorted rows ``offs_m``; ones without weights, zero where masked."""
+    weights = mask_m.to(tl.float32)
+    if HAS_WEIGHTS:
+        pairs = tl.load(row_order_ptr + offs_m, mask=mask_m, other=0)
+        weights = tl.load(weights_ptr + pairs, mask=mask_m, other=0.0).to(tl.float32)
+    return weights
+
+
+@triton.jit
+def gram_tile(
+    u_ptr,  # [L, WIDTH], zero beyond the rank
+    y_ptr,  # [M, N]
+    row_index_ptr,  # [L]
+    weights_ptr,  # [T, k]
+    row_order_ptr,  # [L]
+    first,
+    end,
+    offs_r,
+    offs_n,
+    num_cols,
+    stride_ym,
+    WIDTH: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``sum over rows first <= i < end of w_i u[i, offs_r] y[i, offs_n]``, fp32 [BLOCK_N, BLOCK_R]."""
+    mask_n = offs_n < num_cols
+    acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    for m in range(first, end, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < end
+        rows = source_rows(row_index_ptr, offs_m, mask_m, HAS_INDEX) * stride_ym
+        y = tl.load(y_ptr + rows[:, None] + offs_n[None, :], mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        u = tl.load(u_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_r[None, :], mask=mask_m[:, None], other=0.0)
+        if HAS_WEIGHTS:
+            u = u.to(tl.float32) * row_weights(weights_ptr, row_order_ptr, offs_m, mask_m, HAS_WEIGHTS)[:, None]
+        acc = tl.dot(tl.trans(y), u.to(y.dtype), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def store_gram(
+    d_ptr,  # [R, N], output
+    acc,
+    gate_ptr,  # [R]
+    pool,
+    offs_r,
+    rank,
+    offs_n,
+    num_cols,
+    scaling,
+    HAS_GATE: tl.constexpr,
+):
+    """``scaling * gate * acc``, [BLOCK_N, BLOCK_R], into the pool rows of live components."""
+    mask_r = offs_r < rank
+    acc *= scaling
+    if HAS_GATE:
+        acc *= tl.load(gate_ptr + pool, mask=mask_r, other=0.0)[None, :]
+    d = d_ptr + pool[None, :] * num_cols + offs_n[:, None]
+    tl.store(d, acc.to(d_ptr.dtype.element_ty), mask=mask_r[None, :] & (offs_n < num_cols)[:, None])
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def gram_kernel(
     u_ptr,  # [L, WIDTH], zero beyond the rank
@@ -63,26 +137,16 @@ def gram_kernel(
         end = tl.minimum(end, first + share)
     offs_r = first_slot + tl.arange(0, BLOCK_R)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < num_cols
-
-    acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    for m in range(first, end, BLOCK_M):
-        offs_m = m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < end
-        rows = source_rows(row_index_ptr, offs_m, mask_m, HAS_INDEX) * stride_ym
-        y = tl.load(y_ptr + rows[:, None] + offs_n[None, :], mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-        u = tl.load(u_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_r[None, :], mask=mask_m[:, None], other=0.0)
-        acc = tl.dot(tl.trans(y), u.to(y.dtype), acc, input_precision=PRECISION)
-
+    acc = gram_tile(
+        u_ptr, y_ptr, row_index_ptr, None, None, first, end, offs_r, offs_n, num_cols, stride_ym,
+        WIDTH, HAS_INDEX, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
     if SPLITS > 1:
         rows = (expert * SPLITS + split).to(tl.int64) * WIDTH + offs_r
+        store_gram(d_ptr, acc, gate_ptr, rows, offs_r, rank, offs_n, num_cols, 1.0, False)
     else:
         rows = pool_rows(components_ptr, expert, offs_r, rank, max_rank, HAS_TABLE)
-        acc *= scaling
-        if HAS_GATE:
-            acc *= tl.load(gate_ptr + rows, mask=offs_r < rank, other=0.0)[None, :]
-    d = d_ptr + rows[None, :] * num_cols + offs_n[:, None]
-    tl.store(d, acc.to(d_ptr.dtype.element_ty), mask=(offs_r < rank)[None, :] & mask_n[:, None])
+        store_gram(d_ptr, acc, gate_ptr, rows, offs_r, rank, offs_n, num_cols, scaling, HAS_GATE)
 
 
 def row_splits(num_rows: int, num_experts: int, programs: int, block_m: int) -> int:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrlora_ops.kernels._configs import gemm_tile
-from lrlora_ops.kernels._tiles import dot_precision, locate_tile, row_major, row_tiles, source_rows
+from lrlora_ops.kernels._tiles import dot_precision, locate_tile, row_major, row_tiles, source_rows, stores_end
 from lrlora_ops.kernels.expand import low_rank_product
 
 # Row tiles whose programs run side by side.
@@ -68,7 +68,7 @@ def grouped_gemm_kernel(
         pid // column_tiles, pid % column_tiles, programs // column_tiles, column_tiles, GROUP_M
     )
     expert, first, end = locate_tile(pid_m, group_offsets_ptr, num_rows, num_experts, GROUPED, BLOCK_M, BLOCK_E)
-    end_of_stores = tl.where(expert == num_experts - 1, num_rows, end)
+    end_of_stores = stores_end(expert, end, num_rows, num_experts)
     if first >= end_of_stores:
         return
     offs_m = first + tl.arange(0, BLOCK_M)

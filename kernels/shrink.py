@@ -18,6 +18,7 @@ from lrlora_ops.kernels._tiles import (
     row_major,
     row_tiles,
     source_rows,
+    stores_end,
 )
 
 
@@ -45,11 +46,15 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One tile of BLOCK_M rows of one expert by BLOCK_R rank slots. Grid: (row tiles, rank tiles)."""
+    """One tile of BLOCK_M rows of one expert by BLOCK_R rank slots. Grid: (row tiles, rank tiles).
+
+    The last expert's tiles go on to the last row, with zeros where its rows have ended.
+    """
     expert, first, end = locate_tile(
         tl.program_id(0), group_offsets_ptr, num_rows, num_experts, GROUPED, BLOCK_M, BLOCK_E
     )
-    if first >= end:
+    end_of_stores = stores_end(expert, end, num_rows, num_experts)
+    if first >= end_of_stores:
         return
     offs_m = first + tl.arange(0, BLOCK_M)
     mask_m = offs_m < end
@@ -61,7 +66,7 @@ def shrink_kernel(
     x_rows = source_rows(row_index_ptr, offs_m, mask_m, HAS_INDEX) * stride_xm
     a_rows = pool_rows(components_ptr, expert, offs_r, rank, max_rank, HAS_TABLE) * num_cols
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    live_cols = tl.where(tl.program_id(1) * BLOCK_R < rank, num_cols, 0)
+    live_cols = tl.where((tl.program_id(1) * BLOCK_R < rank) & (first < end), num_cols, 0)
     for k in range(0, live_cols, BLOCK_K):
         mask_k = k + offs_k < num_cols
         x = tl.load(x_ptr + x_rows[:, None] + (k + offs_k)[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
@@ -69,7 +74,7 @@ def shrink_kernel(
         acc = tl.dot(x, tl.trans(a.to(x.dtype)), acc, input_precision=PRECISION)
 
     u = u_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_r[None, :]
-    tl.store(u, acc.to(u_ptr.dtype.element_ty), mask=mask_m[:, None])
+    tl.store(u, acc.to(u_ptr.dtype.element_ty), mask=(offs_m < end_of_stores)[:, None])
 
 
 @torch.library.custom_op("lrlora_triton::shrink", mutates_args=())
@@ -89,7 +94,7 @@ def shrink(
     x, a = row_major(x), a.contiguous()
     num_rows = x.shape[0] if row_index is None else row_index.shape[0]
     width = padded_rank(max_rank)
-    u = (x.new_empty if group_offsets is None else x.new_zeros)(num_rows, width)
+    u = x.new_empty(num_rows, width)
     tile = tile_for("shrink", width, x.dtype)
     num_experts = ranks.shape[0]
     grid = (row_tiles(num_rows, num_experts, tile.block_m), width // tile.block_r)

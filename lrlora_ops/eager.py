@@ -7,9 +7,11 @@ on a CPU, and dead components are skipped. Each function is a custom op, so that
 Where the CPU has no instructions for half precision, rows are widened to fp32 in blocks that stay in a core's cache.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lrlora_ops._live import Expert, Work, find_work
@@ -353,3 +355,15 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
 @dropout.register_fake
 def _(x, seed, p):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _gated_activation(activate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def gated(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return activate(gate) * up
+
+    return gated
+
+
+# ``act(gate) * up`` of rows ``[gate, up]``, ``[L, 2 I] -> [L, I]``, which autograd differentiates.
+ACTIVATIONS = {"silu": _gated_activation(F.silu), "gelu_tanh": _gated_activation(partial(F.gelu, approximate="tanh"))}

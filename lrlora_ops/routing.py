@@ -26,21 +26,29 @@ class Routing:
     group_offsets: Tensor
 
     @classmethod
-    def from_topk(cls, top_k_index: Tensor, num_experts: int) -> Routing:
+    def from_topk(cls, top_k_index: Tensor, num_experts: int, backend: str | None = None) -> Routing:
         """Sort the choices of a router, without a host sync.
 
         Args:
             top_k_index: int32 or int64 ``[T, k]``, the experts of each token; ``num_experts`` drops a pair.
             num_experts: E.
+            backend: "triton", which drops any index outside ``0..E - 1``; "eager"; or None for triton on a GPU and
+                eager elsewhere.
 
         Raises:
-            ValueError: ``top_k_index`` is not such a matrix or, on a CPU, holds an index outside ``0..E``.
+            ValueError: ``top_k_index`` is not such a matrix or, in eager on a CPU, holds an index outside ``0..E``;
+                or the backend cannot run there.
         """
         if top_k_index.dim() != 2 or top_k_index.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"top_k_index is {top_k_index.dtype} of shape {tuple(top_k_index.shape)}; it must be int32 or int64 "
                 "[tokens, top_k]"
             )
+        if backend == "triton" or (backend is None and top_k_index.is_cuda):
+            from lrlora_ops.ops._backends import primitives, resolve_backend  # on use: the ops are above this module
+
+            route = primitives(resolve_backend("triton", top_k_index.device), top_k_index).route
+            return cls(*route(top_k_index, num_experts))
         if top_k_index.is_cpu and top_k_index.numel() and not torch.compiler.is_compiling():
             low, high = top_k_index.aminmax()
             if low < 0 or high > num_experts:

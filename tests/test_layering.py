@@ -29,7 +29,8 @@ PARTS = {
     "apply": "adapters",
     "_live": "eager",
 }  # modules that are one unit with another
-UPWARD_ON_USE = {("adapters", "integrations")}  # Adapters.callback() and the like, inside a function
+# Adapters.callback() and the like, and what only tensors on a GPU need, inside a function.
+UPWARD_ON_USE = {("adapters", "integrations"), ("routing", "ops")}
 
 OPTIONAL = ["triton", "transformers", "tokenizers", "accelerate", "peft", "trl", "typer", "rich", "matplotlib"]
 OPTIONAL += ["bitsandbytes", "torchao"]

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lrlora_ops import _checks
+from lrlora_ops import _checks, eager
 from lrlora_ops.ops._autocast import autocast_operands, without_autocast
 from lrlora_ops.ops._backends import resolve_backend
 from lrlora_ops.ops._demand import count_demand
+from lrlora_ops.ops._gated_mlp import GatedMLPFunction
 from lrlora_ops.ops.grouped_lora_linear import GroupedLoRALinearFunction, gate_operand
 from lrlora_ops.rank_table import RankTable
 from lrlora_ops.routing import Routing
@@ -45,7 +46,7 @@ def moe_lora_mlp(
     down: ExpertLinear,
     table: RankTable,
     *,
-    activation: Callable[[Tensor], Tensor],
+    activation: Callable[[Tensor], Tensor] | str,
     post: Callable[[Tensor], Tensor] | None = None,
     scaling: float = 1.0,
     ranks: Tensor | None = None,
@@ -64,7 +65,9 @@ def moe_lora_mlp(
         up: The first projection, ``H -> 2 I`` if gated (gate_up_proj), else ``H -> I``.
         down: The second projection, ``I -> H``.
         table: Which expert owns which pool rows, in both projections alike.
-        activation: ``[L, 2 I] -> [L, I]``, row by row, or ``[L, I] -> [L, I]``: the model's own gating function.
+        activation: ``[L, 2 I] -> [L, I]``, row by row, or ``[L, I] -> [L, I]``: the model's own gating function. Or the
+            name of one that the Triton kernels compute on the way, ``act(gate) * up`` of rows ``[gate, up]``: "silu" or
+            "gelu_tanh".
         post: ``[L, H] -> [L, H]``, row by row, on the experts' outputs, for models that normalise them.
         scaling: Factor of the updates.
         ranks: int32 ``[E]``, the live components of each expert; default ``table.ranks``.
@@ -91,7 +94,27 @@ def moe_lora_mlp(
             f"x has shape {tuple(x.shape)}, top_k_index {tuple(top_k_index.shape)} and top_k_weights "
             f"{tuple(top_k_weights.shape)}; they must be [tokens, hidden], [tokens, top_k] and [tokens, top_k]"
         )
-    routing = Routing.from_topk(top_k_index, table.num_experts)
+    if isinstance(activation, str) and activation not in eager.ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; it must be a function, or one of {[*eager.ACTIVATIONS]}")
+    routing = Routing.from_topk(top_k_index, table.num_experts, backend)
+
+    def check(rows: Tensor, linear: ExpertLinear, weight: Tensor | None, bias: Tensor | None) -> None:
+        _checks.check_expert_adapter(
+            rows, linear.lora_A, linear.lora_B, table, linear.gate, ranks, weight, bias, linear.transposed
+        )
+        _checks.check_backend_dtypes(backend, x=rows, lora_A=linear.lora_A, lora_B=linear.lora_B)
+
+    if isinstance(activation, str) and backend == "triton" and post is None and down_bias is None:
+        check(x, up, up_weight, up_bias)
+        check(x.new_empty(0, up.lora_B.shape[1] // 2), down, down_weight, None)
+        with without_autocast(x.device):
+            return GatedMLPFunction.apply(
+                *(x, top_k_weights, up.lora_A, up.lora_B, gate_operand(up.gate, x)),
+                *(down.lora_A, down.lora_B, gate_operand(down.gate, x), demand),
+                *(up_weight, up_bias, down_weight, ranks, table.components, routing.group_offsets),
+                *(routing.token_index, routing.row_order, routing.row_position, activation),
+                *(up.transposed, down.transposed, scaling, backend),
+            )
 
     def project(
         rows: Tensor,
@@ -101,10 +124,7 @@ def moe_lora_mlp(
         weights: Tensor | None,
         gathers: bool,
     ) -> Tensor:
-        _checks.check_expert_adapter(
-            rows, linear.lora_A, linear.lora_B, table, linear.gate, ranks, weight, bias, linear.transposed
-        )
-        _checks.check_backend_dtypes(backend, x=rows, lora_A=linear.lora_A, lora_B=linear.lora_B)
+        check(rows, linear, weight, bias)
         with without_autocast(x.device):
             return GroupedLoRALinearFunction.apply(
                 *(rows, linear.lora_A, linear.lora_B, gate_operand(linear.gate, rows), None),
@@ -115,7 +135,8 @@ def moe_lora_mlp(
 
     # A dropped pair adds nothing, whatever its weight: even NaN.
     top_k_weights = top_k_weights.masked_fill(top_k_index >= table.num_experts, 0.0)
-    hidden = activation(project(x, up, up_weight, up_bias, None, gathers=True)).to(x.dtype)
+    activate = eager.ACTIVATIONS[activation] if isinstance(activation, str) else activation
+    hidden = activate(project(x, up, up_weight, up_bias, None, gathers=True)).to(x.dtype)
     row_weights = top_k_weights.detach().flatten()[routing.row_order]
     if post is None:
         out = project(hidden, down, down_weight, down_bias, top_k_weights, gathers=False)

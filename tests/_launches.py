@@ -1,0 +1,83 @@
+"""What a GPU would be asked to do: every kernel launch that a piece of code makes, and every wait for the device.
+
+PyTorch's operations are counted as one launch each (some are several), views and allocations as none, and each launch
+of a Triton kernel as one. It needs no GPU: the kernels run interpreted, on CPU tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from benchmarks.static_report.launches import KERNEL_CLASSES
+
+# They allocate, or look at a tensor from another angle.
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "is_pinned"}
+# Of values that lie on the device: each makes the host wait until they are there, so it cannot be captured in a graph.
+_WAITS = {
+    *("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "_unique", "_unique2"),
+    *("unique_consecutive", "unique_dim", "bincount", "_to_cpu"),
+}
+
+
+class HostSyncError(AssertionError):
+    """The host would have waited for the device."""
+
+
+class _Operations(TorchDispatchMode):
+    """Appends the name of each operation that launches a kernel; refuses those that wait."""
+
+    def __init__(self, launched: list[str]) -> None:
+        super().__init__()
+        self.launched = launched
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in _WAITS or (name == "index" and any(_is_mask(index) for index in args[1])):
+            raise HostSyncError(f"aten::{name} waits for the device")
+        out = func(*args, **(kwargs or {}))
+        copies = name != "_to_copy" or out.numel()
+        if not func.is_view and name not in _FREE and copies and any(t.numel() for t in _tensors(out)):
+            self.launched.append(f"aten::{name}")
+        return out
+
+
+def _is_mask(index: Any) -> bool:
+    return torch.is_tensor(index) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _tensors(out: Any) -> list[torch.Tensor]:
+    return [t for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t)]
+
+
+@contextmanager
+def counted_launches() -> Iterator[list[str]]:
+    """The names of the launches within, in order.
+
+    Raises:
+        HostSyncError: Something within waits for the device.
+    """
+    launched: list[str] = []
+
+    def counting(run: Any) -> Any:
+        def counted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+            launched.append(kernel.__name__)
+            with _disable_current_modes():  # how the interpreter moves tensors is not the launch's doing
+                return run(kernel, *args, **kwargs)
+
+        return counted
+
+    patches = [mock.patch.object(kind, "run", counting(kind.run)) for kind in KERNEL_CLASSES]
+    for patch in patches:
+        patch.start()
+    try:
+        with _Operations(launched):
+            yield launched
+    finally:
+        for patch in patches:
+            patch.stop()
