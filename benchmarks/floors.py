@@ -107,6 +107,10 @@ def _product(arguments: dict[str, Any]) -> int:
     return 2 * arguments["num_rows"] * arguments["num_cols"] * arguments["WIDTH"]
 
 
+def _gradients(arguments: dict[str, Any]) -> int:
+    return 2 * arguments["u_ptr"].numel() * (arguments["in_features"] + arguments["out_features"])
+
+
 _FLOPS = {
     "shrink_kernel": _product,
     "expand_kernel": _product,
@@ -116,6 +120,11 @@ _FLOPS = {
     "grouped_gemm_kernel": lambda arguments: (
         2 * arguments["num_rows"] * arguments["out_features"] * (arguments["in_features"] + arguments["WIDTH"])
     ),
+    "gated_shrink_kernel": _product,
+    "gated_shrink_backward_kernel": lambda arguments: 2 * _product(arguments),
+    "adapter_gradients_kernel": _gradients,
+    "count_kernel": lambda arguments: arguments["num_pairs"],
+    "scatter_kernel": lambda arguments: arguments["num_pairs"],
     "combine_kernel": lambda arguments: 2 * arguments["positions_ptr"].numel() * arguments["num_cols"],
     "dropout_kernel": lambda arguments: 2 * arguments["x_ptr"].numel(),
 }

@@ -156,7 +156,7 @@ def adapter_gradients(
     """
     x, dy, u, v = row_major(x), row_major(dy), u.contiguous(), v.contiguous()
     (num_experts, max_rank), width = components.shape, u.shape[1]
-    tile = tile_for("gram", width, x.dtype)
+    tile = tile_for("adapter_gradients", width, x.dtype)
     column_tiles = triton.cdiv(x.shape[1], tile.block_n) + triton.cdiv(dy.shape[1], tile.block_n) + 1
     adapter_gradients_kernel[column_tiles, num_experts * (width // tile.block_r)](
         u,

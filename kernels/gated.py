@@ -1,9 +1,9 @@
-"""gated: ``h = act(gate) * up`` for rows ``[gate, up]``, and what a low-rank layer needs on both sides of it, in one pass.
+"""gated: ``h = act(gate) * up`` for rows ``[gate, up]``, with the low-rank products of its result in the same pass.
 
-Forward writes h and the next projection's ``u = shrink(h, a)``. Backward takes the gradient of h before routing weights,
-recomputes h, and writes the gradient of ``[gate, up]``, the previous projection's ``v`` of it, and the gradients of the
-routing weights, ``<h, dh>``: h is the input of a product whose output is weighted. Memory-bound: each value is read
-once and written once, and neither h nor the gradient is read again for its low-rank product.
+Forward writes h and the next projection's ``u = shrink(h, a)``. Backward takes the gradient of h before it is weighted
+by the routing weights, recomputes h, and writes the gradient of ``[gate, up]``, the previous projection's v of that,
+and the gradients of the routing weights, ``<h, dh>``: h goes into a product whose result is weighted. Memory-bound:
+each value is read once and written once, and neither h nor the gradient is read again for its low-rank product.
 """
 
 import torch

@@ -17,12 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from benchmarks.static_report.launches import KERNEL_CLASSES
 
 # They allocate, or look at a tensor from another angle.
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "is_pinned"}
+_FREE = "empty empty_like empty_strided new_empty new_empty_strided detach _unsafe_view"
 # Of values that lie on the device: each makes the host wait until they are there, so it cannot be captured in a graph.
-_WAITS = {
-    *("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "_unique", "_unique2"),
-    *("unique_consecutive", "unique_dim", "bincount", "_to_cpu"),
-}
+_WAITS = "_local_scalar_dense item nonzero equal is_nonzero masked_select bincount repeat_interleave"
+_WAITS += " _unique _unique2 unique_consecutive unique_dim"
 
 
 class HostSyncError(AssertionError):
@@ -38,11 +36,10 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in _WAITS or (name == "index" and any(_is_mask(index) for index in args[1])):
+        if name in _WAITS.split() or (name == "index" and any(_is_mask(index) for index in args[1])):
             raise HostSyncError(f"aten::{name} waits for the device")
         out = func(*args, **(kwargs or {}))
-        copies = name != "_to_copy" or out.numel()
-        if not func.is_view and name not in _FREE and copies and any(t.numel() for t in _tensors(out)):
+        if not func.is_view and name not in _FREE.split() and any(t.numel() for t in _tensors(out)):
             self.launched.append(f"aten::{name}")
         return out
 

@@ -27,10 +27,13 @@ VARIANTS = (
     ("tf32", "tf32", "grouped"),
 )
 PRIMITIVES = {name: VARIANTS for name in ("shrink", "expand", "gram", "shrink_gram")}
-PRIMITIVES["grouped_gemm"] = (("bf16", "bf16", "few rows"), *VARIANTS[1:])
+# These know experts alone.
+_OF_EXPERTS = ("grouped_gemm", "gated_shrink", "gated_shrink_backward", "adapter_gradients")
+PRIMITIVES |= {name: (("bf16", "bf16", "few rows"), *VARIANTS[1:]) for name in _OF_EXPERTS}
 # Those that know no rank, with the variants in which their code differs.
 RANKLESS = {
     "combine": (("bf16", "bf16", "grouped"), ("fp32", "fp32", "grouped")),
+    "route": (("bf16", "bf16", "grouped"), ("bf16", "bf16", "few rows")),
     "dropout": (("bf16", "bf16", "dense"), ("fp32", "fp32", "dense")),
 }
 _TOP_K = 8
@@ -96,10 +99,35 @@ def launch(case: Case) -> None:
         weight = x.new_empty(1, SHAPE.N, SHAPE.K).expand(num_experts, -1, -1)
         bias = x.new_empty(num_experts, SHAPE.N)
         primitives.grouped_gemm(x, weight, bias, case.layout == "grouped", **experts, **gather, **low_rank)
+    elif case.primitive in _OF_EXPERTS:
+        _launch_of_experts(case.primitive, x, u, a, (ranks, 1.0, gate), experts, gather["row_index"])
     elif case.primitive == "gram":
         primitives.gram(u, x, ranks, a.shape[0], 1.0, adapter, gate, **experts, **gather)
     else:
         primitives.shrink_gram(x, a, u, ranks, 1.0, gate, **experts, **gather)
+
+
+def _launch_of_experts(
+    primitive: str,
+    x: Tensor,
+    u: Tensor,
+    a: Tensor,
+    low_rank: tuple[Tensor, float, Tensor | None],
+    experts: dict[str, Tensor],
+    row_index: Tensor,
+) -> None:
+    """x is ``[gate, up]``, or what is multiplied; every option that the op uses is on."""
+    weights, ranks = torch.ones(SHAPE.M // _TOP_K, _TOP_K), low_rank[0]
+    if primitive == "gated_shrink":
+        primitives.gated_shrink(x, a[:, : SHAPE.K // 2].contiguous(), "silu", ranks, **experts)
+    elif primitive == "gated_shrink_backward":
+        dh = x.new_empty(SHAPE.M, SHAPE.K // 2)
+        primitives.gated_shrink_backward(dh, x, a, weights, row_index, "silu", ranks, **experts)
+    else:
+        statistics = torch.empty(a.shape[0]), torch.empty(2, len(ranks))
+        outputs = (torch.empty_like(a), torch.empty_like(a), *statistics)
+        indices = (None, row_index, weights, row_index)
+        primitives.adapter_gradients(*outputs, u, u, x, x, *low_rank, *experts.values(), *indices)
 
 
 def _routing(case: Case) -> dict[str, Tensor]:
@@ -114,9 +142,12 @@ def _routing(case: Case) -> dict[str, Tensor]:
 
 
 def _launch_rankless(case: Case) -> None:
+    if case.primitive == "route":
+        primitives.route(torch.zeros(SHAPE.M // _TOP_K, _TOP_K, dtype=torch.int64), LAYOUTS[case.layout])
+        return
     x = torch.empty(SHAPE.M, SHAPE.K, dtype=DTYPES[case.dtype])
     if case.primitive == "combine":
         positions = torch.arange(SHAPE.M).view(-1, _TOP_K)
-        primitives.combine(x, positions, torch.ones(positions.shape))
+        primitives.combine(x, positions, torch.ones(positions.shape), torch.zeros(9, dtype=torch.int32))
     else:
         primitives.dropout(x, torch.zeros((), dtype=torch.int64), 0.1)

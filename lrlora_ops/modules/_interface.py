@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 NAME = CHILD = "lrlora"
@@ -45,6 +47,35 @@ def expert_features(experts: Any, projection: str) -> tuple[int, int]:
     """Inputs and outputs of a projection, ``[E, N, K]`` or ``[E, K, N]`` as the experts say."""
     first, second = getattr(experts, projection).shape[1:]
     return (first, second) if experts.is_transposed else (second, first)
+
+
+def gating(experts: Any) -> Callable[[Tensor], Tensor] | str:
+    """The activation between the projections: the module's own function, or its name in ``moe_lora_mlp``.
+
+    A name only for what is known exactly: the interface's own ``act_fn(gate) * up``, which nobody has overridden.
+    """
+    if not experts.has_gate:
+        return experts.act_fn
+    from transformers.integrations import moe
+
+    own = experts._apply_gate
+    default = getattr(moe, "_default_apply_gate", None)
+    known = default is not None and getattr(own, "__func__", None) is default
+    return _activation_name(experts.act_fn) or own if known else own
+
+
+def _activation_name(act_fn: Any) -> str | None:
+    """Of transformers' SiLU or tanh GELU, unless its forward is replaced or hooked: its name in ``moe_lora_mlp``."""
+    from transformers.activations import GELUTanh, SiLUActivation
+
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if "forward" in vars(act_fn) or any(getattr(act_fn, name, None) for name in hooks):
+        return None
+    if type(act_fn) in (SiLUActivation, nn.SiLU):
+        return "silu"
+    gelu = getattr(act_fn, "act", None)
+    is_tanh = isinstance(gelu, partial) and gelu.func is F.gelu and gelu.keywords == {"approximate": "tanh"}
+    return "gelu_tanh" if type(act_fn) is GELUTanh and is_tanh else None
 
 
 def attach(experts: Any, adapter: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrlora_ops.modules._adapter import ComponentPool, RankAdapter, set_ranks
-from lrlora_ops.modules._interface import CHILD, attach, detach, expert_features, expert_projections
+from lrlora_ops.modules._interface import CHILD, attach, detach, expert_features, expert_projections, gating
 from lrlora_ops.modules._merge import check_merged_experts
 from lrlora_ops.ops import ExpertLinear, moe_lora_mlp
 from lrlora_ops.rank_table import RankTable
@@ -194,7 +194,7 @@ def run_experts(
         up,
         down,
         table,
-        activation=experts._apply_gate if experts.has_gate else experts.act_fn,
+        activation=gating(experts),
         post=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
         **options,
     )

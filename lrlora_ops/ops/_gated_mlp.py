@@ -1,7 +1,7 @@
-"""The experts of a layer with a gated activation that the kernels know, as one autograd function: few launches, few bytes.
+"""The experts of a layer whose gated activation the kernels know, as one autograd function of few launches.
 
-Forward saves x, ``[gate, up]`` and both U; the activation's output is recomputed. Backward sums over rows before it goes
-on to x, so that what the sums read is freed by then.
+Forward saves x, ``[gate, up]`` and both U; the activation's output is recomputed. Backward makes the sums over rows
+before it goes on to x, so that what they read is freed by then.
 """
 
 from __future__ import annotations
