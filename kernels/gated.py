@@ -17,18 +17,16 @@ from lrlora_ops.kernels._tiles import dot_precision, locate_tile, padded_rank, p
 
 @triton.jit
 def activate(gate, ACTIVATION: tl.constexpr):
-    """The activation of fp32 values, and its derivative: "silu", or "gelu_tanh"."""
-    if ACTIVATION == "silu":
-        sigmoid = tl.sigmoid(gate)
-        value = gate * sigmoid
-        slope = sigmoid * (1 + gate * (1 - sigmoid))
+    """``gate * sigmoid(z)`` and its derivative, in fp32: "silu" with ``z = gate``, or "gelu_tanh"."""
+    z, slope = gate, 1.0
+    if ACTIVATION == "gelu_tanh":  # (1 + tanh(z / 2)) / 2 = sigmoid(z), and sqrt(8 / pi) = 1.595...
+        z = 1.5957691216057308 * gate * (1 + 0.044715 * gate * gate)
+        slope = 1.5957691216057308 * (1 + 0.134145 * gate * gate)
     else:
-        tl.static_assert(ACTIVATION == "gelu_tanh")
-        cubic = 0.044715 * gate * gate
-        tanh = 2 * tl.sigmoid(1.5957691216057308 * gate * (1 + cubic)) - 1  # sqrt(8 / pi)
-        value = 0.5 * gate * (1 + tanh)
-        slope = 0.5 * (1 + tanh) + 0.3989422804014327 * gate * (1 - tanh * tanh) * (1 + 3 * cubic)  # 1 / sqrt(2 pi)
-    return value, slope
+        tl.static_assert(ACTIVATION == "silu")
+    sigmoid = tl.sigmoid(z)
+    value = gate * sigmoid
+    return value, sigmoid + value * (1 - sigmoid) * slope
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -31,6 +31,11 @@ def clamped(x: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
+def geglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
 def rms_norm(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
@@ -42,7 +47,7 @@ class Case:
     tokens: int = 13
     top_k: int = 2
     ranks: tuple[int, ...] = (3, 0, 6, 2)
-    activation: Callable[[Tensor], Tensor] = swiglu
+    activation: Callable[[Tensor], Tensor] | str = swiglu
     post: Callable[[Tensor], Tensor] | None = None
     biased: bool = False
     transposed: bool = False
@@ -62,6 +67,9 @@ CASES = {
     "no expert twice, all of them": Case(top_k=4),
     "rank 0 of all": Case(ranks=(0, 0, 0, 0), biased=True),
     "one token": Case(tokens=1),
+    "silu by name": Case(activation="silu"),
+    "gelu by name, transposed and dropped": Case(activation="gelu_tanh", transposed=True, dropped=True),
+    "silu by name, biases": Case(activation="silu", biased=True),
     "no tokens": Case(tokens=0),
 }
 HIDDEN, INNER = 16, 8
@@ -162,8 +170,9 @@ def oracle(layer: Layer, leaves: dict[str, Tensor]) -> Tensor:
         return y if layer.case.post is None else layer.case.post(y)
 
     projections = (projection("up"), down)
+    activation = {"silu": swiglu, "gelu_tanh": geglu}.get(layer.case.activation, layer.case.activation)
     return moe_lora_mlp_reference(
-        leaves["x"], layer.index, leaves["weights"], projections, layer.case.activation, layer.table.num_experts
+        leaves["x"], layer.index, leaves["weights"], projections, activation, layer.table.num_experts
     )
 
 
@@ -194,10 +203,13 @@ DTYPES = [  # x, adapters, tolerance: some units in the last place, for sums of 
     ("eager", torch.bfloat16, torch.float32, 6e-2),
     ("eager", torch.float16, torch.float32, 8e-3),
 ]
-INTERPRETED = ["transposed, biases, clamped", "post and dropped", "no tokens"]  # the interpreter takes seconds for each
+# The interpreter takes seconds for each.
+INTERPRETED = ["transposed, biases, clamped", "post and dropped", "no tokens"]
+INTERPRETED += ["silu by name", "gelu by name, transposed and dropped", "silu by name, biases"]
 RUNS = [(name, *dtypes) for name in CASES for dtypes in DTYPES]
 RUNS += [(name, "triton", torch.float32, torch.float32, 4e-6) for name in INTERPRETED]
-RUNS += [("dropped", "triton", torch.float16, torch.float32, 8e-3)]
+NAMED = "gelu by name, transposed and dropped"
+RUNS += [(name, "triton", torch.float16, torch.float32, 8e-3) for name in ("dropped", NAMED)]
 
 
 @pytest.mark.parametrize(("name", "backend", "dtype", "adapters", "tolerance"), RUNS, ids=str)
@@ -354,6 +366,8 @@ def test_bad_settings():
         run(layer, layer.leaves, backend="reference")
     with pytest.raises(ValueError, match="it must be from 0 to 4, where 4 itself drops"):
         run(replace(layer, index=layer.index + 3), layer.leaves)
+    with pytest.raises(ValueError, match="activation is 'relu'; it must be a function, or one of"):
+        run(layer, layer.leaves, activation="relu")
     for name, trained in (("up", layer.frozen["up"].clone().requires_grad_()),):
         with pytest.raises(ValueError, match="weight requires a gradient"):
             run(replace(layer, frozen=layer.frozen | {name: trained}), layer.leaves)

@@ -103,7 +103,9 @@ class GatedMLPFunction(torch.autograd.Function):
         )
         del dh
         owners = (components, offsets)
-        up_grads, down_grads, demand = _zeros((up_A, up_B), (down_A, down_B), offsets)
+        up_grads, down_grads, demand = [None] * 3, [None] * 3, None
+        if any(needs[2:9]):
+            up_grads, down_grads, demand = _zeros((up_A, up_B), (down_A, down_B), offsets)
         if any(needs[5:9]):
             ops.adapter_gradients(
                 *(*down_grads, demand if needs[8] else None, down_u, down_v, h, dy, *low_rank, down_gate, *owners),
