@@ -75,6 +75,18 @@ def experts_base_cost(layer: ExpertsShape, itemsize: int = 2, *, backward: bool 
     return Cost(products * itemsize * (weights + activations), products * 2 * rows * 3 * k * n)
 
 
+def experts_passes_cost(layer: ExpertsShape, itemsize: int = 2, *, backward: bool = True) -> Cost:
+    """What the frozen experts move besides their products: the activation and the combination, as passes of their own.
+
+    Forward reads ``[gate, up]``, writes h, reads all rows and writes a sum per token. Backward reads ``[gate, up]`` and
+    the gradient of h, writes that of ``[gate, up]``, and sums rows again.
+    """
+    combination = layer.rows * layer.hidden + layer.T * layer.hidden
+    activation = layer.rows * layer.intermediate
+    forward, both = 3 * activation + combination, 8 * activation + 2 * combination
+    return Cost(itemsize * (both if backward else forward), 0)
+
+
 def experts_lora_cost(
     layer: ExpertsShape, rank: int, itemsize: int = 2, adapter_itemsize: int = 2, *, backward: bool = True
 ) -> Cost:

@@ -14,6 +14,8 @@ import transformers
 
 from lrlora_ops import FixedRank, VariableRankLoRAExperts, apply_lora
 from lrlora_ops.adapters import Adapters
+from lrlora_ops.modules._interface import gating
+from lrlora_ops.modules.experts import run_experts
 from tests._moe import COMMON, METHODS, MODELS, NUM_EXPERTS, adapted, ids, output, tiny
 
 EVERYTHING = ["experts", "all-linear"]
@@ -283,3 +285,66 @@ def test_quantised_experts_are_refused():
     with pytest.raises(ValueError, match=r"layers.1.*down_proj is not a floating-point.*unquantised"):
         apply_lora(model, METHODS["experts"], "experts")
     assert not hasattr(model.model.layers[0].mlp.experts, "lrlora")
+
+
+# Whose activation the kernels know; the others bring a function of their own, or have no gate.
+NAMED = {
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "granitemoe"),
+    *("lfm2_moe", "qwen3_next", "minimax_m2", "ernie4_5_moe", "hunyuan_v1_moe", "aria_text", "muse_spark_text"),
+    *("dots1", "flex_olmo"),
+}
+
+
+def first_experts(name: str, dtype: torch.dtype) -> tuple[nn.Module, VariableRankLoRAExperts]:
+    adapters = adapted(tiny(name, dtype))
+    key = next(iter(adapters.modules))
+    return adapters.model.get_submodule(key), adapters.modules[key]
+
+
+@each_model
+def test_kernels_compute_what_the_model_says(name):
+    """The experts of each family by the interpreted kernels, against PyTorch in fp64: result and gradients."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter takes CPU tensors; the GPU tests have their own")
+    results = []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "eager")):
+        experts, adapter = first_experts(name, dtype)
+        assert (gating(experts) == "silu") == (name in NAMED)
+        generator = torch.Generator().manual_seed(0)
+        width = adapter.pools()["down_proj"].out_features
+        x = torch.randn(5, width, generator=generator).to(dtype).requires_grad_()
+        weights = torch.rand(5, 2, generator=generator).to(dtype).requires_grad_()
+        index = torch.rand(5, NUM_EXPERTS, generator=generator).topk(2).indices
+        pools = [(pool.lora_A, pool.lora_B, None) for pool in adapter.pools().values()]
+        y = run_experts(experts, x, index, weights, pools, adapter.table, scaling=adapter.scaling, backend=backend)
+        leaves = [x, weights, *(p for a, b, _ in pools for p in (a, b))]
+        results.append([y, *torch.autograd.grad(y, leaves, direction(y))])
+    for actual, exact in zip(*results, strict=True):
+        close(actual, exact, 2e-6)
+
+
+@pytest.mark.parametrize("change", ["method", "instance", "hook", "forward", "other"])
+def test_a_changed_activation_is_the_models_own(change, monkeypatch):
+    """Nothing is taken for SiLU that is not exactly transformers' own."""
+    experts, _ = first_experts("qwen3_moe", torch.float32)
+    assert gating(experts) == "silu"
+    if change == "method":
+        monkeypatch.setattr(type(experts), "_apply_gate", lambda self, gate_up: gate_up.chunk(2, -1)[0])
+    elif change == "instance":
+        experts._apply_gate = lambda gate_up: gate_up.chunk(2, -1)[0]
+    elif change == "hook":
+        experts.act_fn.register_forward_hook(lambda module, args, out: 2 * out)
+    elif change == "forward":
+        experts.act_fn.forward = torch.relu
+    else:
+        experts.act_fn = nn.ReLU()
+    assert gating(experts) == experts._apply_gate
+
+
+def test_the_tanh_gelu_is_known():
+    experts, _ = first_experts("qwen3_moe", torch.float32)
+    for name, known in (("gelu_pytorch_tanh", True), ("gelu", False), ("swish", False), ("quick_gelu", False)):
+        experts.act_fn = transformers.activations.ACT2FN[name]
+        assert (gating(experts) == "gelu_tanh") == known
+    experts.act_fn = nn.SiLU()
+    assert gating(experts) == "silu"

@@ -1,6 +1,93 @@
-"""Where every launch of a Triton kernel passes through, compiled or interpreted."""
+"""The launches of whole MoE layers, without a GPU or memory: the ops run on meta tensors, and no kernel runs.
 
+The ops and the launchers decide arguments and grids, so what is counted here cannot drift from the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from benchmarks.floors import Cost, launch_cost
+from benchmarks.shapes import ExpertsShape
+from lrlora_ops import ExpertLinear, RankTable, moe_lora_mlp
+from lrlora_ops.ops import _backends, _gated_mlp
+
+# Every launch of a Triton kernel passes through their ``run``.
 KERNEL_CLASSES = (JITFunction, InterpretedFunction)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch that did not happen."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    @property
+    def cost(self) -> Cost:
+        return launch_cost(self.kernel, self.arguments)
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launched]]:
+    """What would have been launched within, on meta tensors, in order."""
+    launched: list[Launched] = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        arguments = {name: named[name] for name in kernel.arg_names}
+        launched.append(Launched(kernel.__name__, tuple(grid), arguments))
+
+    functions = _backends._FUNCTIONS["triton"]
+    patches = [mock.patch.object(kind, "run", record) for kind in KERNEL_CLASSES]
+    patches.append(mock.patch.object(_backends, "_require_triton", lambda device: None))
+    patches += [mock.patch.object(module, "primitives", lambda *_: functions) for module in (_backends, _gated_mlp)]
+    for patch in patches:
+        patch.start()
+    try:
+        yield launched
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def layer_launches(
+    layer: ExpertsShape, rank: int, dtype: torch.dtype = torch.bfloat16, adapter: torch.dtype = torch.bfloat16
+) -> tuple[list[Launched], list[Launched]]:
+    """Of forward and of backward of a layer of SiLU experts, all of one rank, with every gradient and the demand."""
+    with torch.device("meta"):
+        table = RankTable(layer.num_experts, rank, layer.num_experts * rank)
+        x = torch.empty(layer.T, layer.hidden, dtype=dtype, requires_grad=True)
+        index = torch.empty(layer.T, layer.top_k, dtype=torch.int64)
+        weights = torch.empty(layer.T, layer.top_k, dtype=dtype, requires_grad=True)
+        up, down = (
+            _projection(layer.num_experts, table.pool_size, features, dtype, adapter)
+            for features in ((layer.hidden, 2 * layer.intermediate), (layer.intermediate, layer.hidden))
+        )
+    inputs = [x, weights, up.lora_A, up.lora_B, up.gate, down.lora_A, down.lora_B, down.gate, table.demand]
+    with recorded_launches() as forward:
+        y = moe_lora_mlp(x, index, weights, up, down, table, activation="silu", demand=table.demand, backend="triton")
+    with recorded_launches() as backward:
+        torch.autograd.grad(y, inputs, torch.empty_like(y))
+    return forward, backward
+
+
+def _projection(
+    num_experts: int, pool_size: int, features: tuple[int, int], dtype: torch.dtype, adapter: torch.dtype
+) -> ExpertLinear:
+    in_features, out_features = features
+    return ExpertLinear(
+        weight=torch.empty(num_experts, out_features, in_features, dtype=dtype),
+        lora_A=torch.empty(pool_size, in_features, dtype=adapter, requires_grad=True),
+        lora_B=torch.empty(pool_size, out_features, dtype=adapter, requires_grad=True),
+        gate=torch.empty(pool_size, requires_grad=True),
+    )

@@ -1,0 +1,60 @@
+"""Bytes and grids of whole MoE layers, computed from their launches on tensors that have no memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+
+import pytest
+import torch
+
+from benchmarks.floors import experts_base_cost, experts_lora_cost, experts_passes_cost
+from benchmarks.shapes import ExpertsShape, mixtral, olmoe, qwen3
+from benchmarks.static_report.launches import layer_launches
+from tests.test_moe_launches import BACKWARD, FORWARD
+
+
+@pytest.mark.parametrize("tokens", [4096, 8192, 32768])
+@pytest.mark.parametrize("model", [olmoe, qwen3, mixtral])
+@pytest.mark.parametrize("rank", [16, 64])
+def test_bytes_are_near_the_floor(model, tokens, rank):
+    """1.5 times the floor of the products alone, up to 8192 tokens; little more than the layer's own passes, always."""
+    layer = model(tokens)
+    forward, backward = layer_launches(layer, rank)
+    assert [launched.kernel for launched in forward] == FORWARD
+    assert [launched.kernel for launched in backward] == [name for name in BACKWARD if name.endswith("_kernel")]
+    passes: Counter[str] = Counter()
+    for launched in forward + backward:
+        passes[launched.kernel] += launched.cost.bytes
+    products = experts_base_cost(layer) + experts_lora_cost(layer, rank)
+    least = products + experts_passes_cost(layer)
+    assert least.bytes <= passes.total() <= 1.15 * least.bytes, passes
+    assert passes.total() <= (1.5 if tokens <= 8192 else 1.75) * products.bytes, passes
+
+
+def test_adapters_of_more_bits_cost_their_bytes():
+    half, full = (
+        sum(one.cost.bytes for one in chain(*layer_launches(qwen3(8192), 16, adapter=adapter)))
+        for adapter in (torch.bfloat16, torch.float32)
+    )
+    pools = 128 * 16 * (2048 + 2 * 768 + 768 + 2048)
+    # Each pool is read by one product forward and by one backward, and its gradient is written.
+    assert full - half == 2 * 3 * pools
+
+
+@pytest.mark.parametrize(
+    ("layer", "rank"),
+    [
+        (ExpertsShape("512 experts", 2**20, 512, 8, 7168, 2048), 256),  # 6e10 elements in the rows
+        (ExpertsShape("one expert", 2**20, 1, 1, 16384, 53248), 512),  # 2^35 elements in [gate, up] and gradients
+        (ExpertsShape("a token", 1, 512, 8, 7168, 2048), 1024),
+        (ExpertsShape("most rows", 2**27, 4, 8, 64, 32), 4),  # 2^30 rows
+    ],
+)
+def test_grids_exist(layer, rank):
+    """Blocks along x are 2^31 - 1 at most, along y and z 65535; rows and programs are numbered by int32."""
+    for launched in chain(*layer_launches(layer, rank)):
+        x, *others = launched.grid
+        assert 0 < x < 2**31, launched.kernel
+        assert all(0 < size < 2**16 for size in others), launched.kernel
+        assert all(value < 2**31 for value in launched.arguments.values() if isinstance(value, int)), launched.kernel
