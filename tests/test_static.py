@@ -23,6 +23,7 @@ configs = pytest.importorskip("lrlora_ops.kernels._configs", reason="needs trito
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 MATRIX_KERNELS = {"shrink_kernel", "expand_kernel", "gram_kernel", "shrink_gram_kernel", "grouped_gemm_kernel"}
+MATRIX_KERNELS |= {"gated_shrink_kernel", "gated_shrink_backward_kernel", "adapter_gradients_kernel"}
 MATRIX_OPCODES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 

@@ -71,7 +71,7 @@ def _activation_name(act_fn: Any) -> str | None:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if "forward" in vars(act_fn) or any(getattr(act_fn, name, None) for name in hooks):
         return None
-    if type(act_fn) in (SiLUActivation, nn.SiLU):
+    if act_fn is F.silu or type(act_fn) in (SiLUActivation, nn.SiLU):
         return "silu"
     gelu = getattr(act_fn, "act", None)
     is_tanh = isinstance(gelu, partial) and gelu.func is F.gelu and gelu.keywords == {"approximate": "tanh"}
