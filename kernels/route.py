@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Pairs at a time, each compared with all before it.
-_BLOCK = 128
+_BLOCK = 64
 # All shares' counts are read by every program: 128 x 512 experts are 256 KB, out of the L2.
 _MOST_PROGRAMS = 128
 # Counts read at a time, 32 a thread.

@@ -47,10 +47,10 @@ def test_any_choices(data):
     ("tokens", "top_k", "num_experts", "programs"),
     [
         (1, 1, 1, 128),  # Triton specialises on 1
-        (64, 2, 3, 128),  # one full block
-        (129, 1, 2, 128),  # a second program of a single pair
+        (32, 2, 3, 128),  # one full block
+        (65, 1, 2, 128),  # a second program of a single pair
         (150, 4, 5, 2),  # two programs of several blocks, the last one not full
-        (300, 2, 512, 128),  # more experts than are read at a time for one share; five shares
+        (300, 2, 512, 128),  # ten shares, whose counts are read four at a time
         (260, 2, 3000, 128),  # counts of one share at a time
         (6, 3, 255, 128),  # a power of two with the dropped ones
         (6, 3, 256, 128),
