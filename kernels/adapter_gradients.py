@@ -2,7 +2,8 @@
 
     d_a = gram(w v, x)    d_b = gram(w u, dy)    c[comp(e, j)] = scaling * sum_{i in e} w_i u[i, j] v[i, j]
 
-w are routing weights, or ones. Each program owns its part of one result, with all rows of an expert: no partial sums.
+w are routing weights, or ones. Each program owns its part of one result, with all rows of an expert, or a share of
+those of a long expert.
 """
 
 import torch
@@ -10,34 +11,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrlora_ops.kernels._configs import tile_for
+from lrlora_ops.kernels import _configs
+from lrlora_ops.kernels._shares import locate_share, sum_shares
 from lrlora_ops.kernels._tiles import dot_precision, pool_rows, row_major
 from lrlora_ops.kernels.gram import gram_tile, row_weights, store_gram
+
+# Below, a share is too little work to pay for its partial sums.
+_LEAST_ROWS = 1024
 
 
 @triton.jit
 def sum_statistics(
     u_ptr,  # [L, WIDTH]
     v_ptr,  # [L, WIDTH]
-    c_ptr,  # [R] fp32, output
-    demand_ptr,  # [2, E] fp32, output
     weights_ptr,  # [T, k]
     row_order_ptr,  # [L]
-    expert,
     first,
     end,
-    rank,
     offs_r,
-    pool,
-    num_experts,
-    scaling,
     WIDTH: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
-    HAS_DEMAND: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """c of BLOCK_R components of one expert, and how many rows of which weights it has."""
+    """``sum over rows first <= i < end`` of ``w_i u[i, offs_r] v[i, offs_r]``, and of w_i, fp32 [BLOCK_R, 2]."""
     c = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for m in range(first, end, BLOCK_M):
@@ -49,14 +46,10 @@ def sum_statistics(
         weights = row_weights(weights_ptr, row_order_ptr, offs_m, mask_m, HAS_WEIGHTS)
         c += u * v * weights[:, None]
         total += weights
-    tl.store(c_ptr + pool, scaling * tl.sum(c, 0), mask=offs_r < rank)
-    if HAS_DEMAND:
-        is_first = tl.min(offs_r, 0) == 0
-        tl.store(demand_ptr + expert, (end - first).to(tl.float32), mask=is_first)
-        tl.store(demand_ptr + num_experts + expert, tl.sum(total, 0), mask=is_first)
+    return tl.join(tl.sum(c, 0), tl.sum(total, 0) + tl.zeros((BLOCK_R,), dtype=tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share_rows"])
 def adapter_gradients_kernel(
     u_ptr,  # [L, WIDTH], zero beyond the rank
     v_ptr,  # [L, WIDTH], zero beyond the rank
@@ -66,6 +59,8 @@ def adapter_gradients_kernel(
     d_b_ptr,  # [R, N], output
     c_ptr,  # [R] fp32, output
     demand_ptr,  # [2, E] fp32, output
+    partial_ptr,  # [slots, rank tiles, column tiles, BLOCK_N, BLOCK_R] fp32, of experts of several shares
+    counters_ptr,  # [slots, rank tiles, column tiles] int32, zeros; that of an expert's first slot counts its shares
     gate_ptr,  # [R]
     ranks_ptr,  # [E]
     components_ptr,  # [E, max_rank]
@@ -78,6 +73,7 @@ def adapter_gradients_kernel(
     out_features,
     num_experts,
     max_rank,
+    share_rows,
     stride_xm,
     stride_dym,
     scaling,
@@ -88,52 +84,80 @@ def adapter_gradients_kernel(
     HAS_WEIGHTS: tl.constexpr,
     HAS_DEMAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_HIP: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """BLOCK_R rank slots of one expert by BLOCK_N columns of d_a or of d_b; or its statistics.
+    """A share of one expert's rows for BLOCK_R rank slots by BLOCK_N columns of d_a or of d_b; or for its statistics.
 
-    Grid: (column tiles of d_a, then of d_b, then one; E * rank tiles).
+    Grid: (shares * rank tiles * column tiles,), the last fastest: those of d_a, those of d_b, and the statistics'.
     """
-    tile, tiles_a = tl.program_id(0), tl.cdiv(in_features, BLOCK_N)
-    tiles = tiles_a + tl.cdiv(out_features, BLOCK_N)
-    expert = tl.program_id(1) // (WIDTH // BLOCK_R)
-    first_slot = tl.program_id(1) % (WIDTH // BLOCK_R) * BLOCK_R
-    rank = tl.load(ranks_ptr + expert)
-    if first_slot >= rank and not (HAS_DEMAND and tile == tiles and first_slot == 0):
+    tiles_a, rank_tiles = tl.cdiv(in_features, BLOCK_N), WIDTH // BLOCK_R
+    tiles = tiles_a + tl.cdiv(out_features, BLOCK_N) + 1
+    tile, rank_tile = tl.program_id(0) % tiles, tl.program_id(0) // tiles % rank_tiles
+    shares_before = tl.program_id(0) // (tiles * rank_tiles)
+    expert, share, num_shares, slot = locate_share(shares_before, group_offsets_ptr, num_experts, share_rows, BLOCK_E)
+    if expert >= num_experts:
         return
-    first = tl.load(group_offsets_ptr + expert)
-    end = tl.load(group_offsets_ptr + expert + 1)
-    offs_r = first_slot + tl.arange(0, BLOCK_R)
+    is_statistics = tile == tiles - 1
+    rank = tl.load(ranks_ptr + expert)
+    if rank_tile * BLOCK_R >= rank and not (HAS_DEMAND and is_statistics and rank_tile == 0):
+        return
+    start = tl.load(group_offsets_ptr + expert)
+    stop = tl.load(group_offsets_ptr + expert + 1)
+    rows = tl.cdiv(tl.cdiv(stop - start, num_shares), BLOCK_M) * BLOCK_M
+    first = start + share * rows
+    end = tl.minimum(first + rows, stop)
+    offs_r = rank_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     pool = pool_rows(components_ptr, expert, offs_r, rank, max_rank, True)
+
+    result = (slot.to(tl.int64) * rank_tiles + rank_tile) * tiles + tile
+    partial_ptr += result * (BLOCK_N * BLOCK_R)
+    counters_ptr += result
+    stride = rank_tiles * tiles * BLOCK_N * BLOCK_R
+    offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
     if tile < tiles_a:
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = gram_tile(
             v_ptr, x_ptr, x_index_ptr, weights_ptr, row_order_ptr, first, end, offs_r, offs_n, in_features, stride_xm,
             WIDTH, HAS_X_INDEX, HAS_WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
-        store_gram(d_a_ptr, acc, gate_ptr, pool, offs_r, rank, offs_n, in_features, scaling, HAS_GATE)
-    elif tile < tiles:
+        acc, has_sum = sum_shares(acc, partial_ptr, counters_ptr, offs, stride, share, num_shares, IS_HIP)
+        live = tl.where(has_sum, rank, 0)
+        store_gram(d_a_ptr, acc, gate_ptr, pool, offs_r, live, offs_n, in_features, scaling, HAS_GATE)
+    elif not is_statistics:
         offs_n = (tile - tiles_a) * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = gram_tile(
             u_ptr, dy_ptr, dy_index_ptr, weights_ptr, row_order_ptr, first, end, offs_r, offs_n, out_features,
             stride_dym, WIDTH, HAS_DY_INDEX, HAS_WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
-        store_gram(d_b_ptr, acc, gate_ptr, pool, offs_r, rank, offs_n, out_features, scaling, HAS_GATE)
+        acc, has_sum = sum_shares(acc, partial_ptr, counters_ptr, offs, stride, share, num_shares, IS_HIP)
+        live = tl.where(has_sum, rank, 0)
+        store_gram(d_b_ptr, acc, gate_ptr, pool, offs_r, live, offs_n, out_features, scaling, HAS_GATE)
     else:
-        sum_statistics(
-            u_ptr, v_ptr, c_ptr, demand_ptr, weights_ptr, row_order_ptr, expert, first, end, rank, offs_r, pool,
-            num_experts, scaling, WIDTH, HAS_WEIGHTS, HAS_DEMAND, BLOCK_M, BLOCK_R,
-        )  # fmt: skip
+        offs_two = tl.arange(0, BLOCK_R)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        both = sum_statistics(
+            u_ptr, v_ptr, weights_ptr, row_order_ptr, first, end, offs_r, WIDTH, HAS_WEIGHTS, BLOCK_M, BLOCK_R
+        )
+        both, has_sum = sum_shares(both, partial_ptr, counters_ptr, offs_two, stride, share, num_shares, IS_HIP)
+        c, total = tl.split(both)
+        tl.store(c_ptr + pool, scaling * c, mask=(offs_r < rank) & has_sum)
+        if HAS_DEMAND:
+            is_first = (offs_r == 0) & has_sum
+            demand = demand_ptr + expert + offs_r
+            tl.store(demand, tl.zeros_like(c) + (stop - start).to(tl.float32), mask=is_first)
+            tl.store(demand + num_experts, total, mask=is_first)
 
 
-@torch.library.custom_op("lrlora_triton::adapter_gradients", mutates_args=("d_a", "d_b", "c", "demand"))
+@torch.library.custom_op("lrlora_triton::adapter_gradients", mutates_args=("d_a", "d_b", "c", "demand", "counters"))
 def adapter_gradients(
     d_a: Tensor,
     d_b: Tensor,
     c: Tensor,
     demand: Tensor | None,
+    counters: Tensor,
     u: Tensor,
     v: Tensor,
     x: Tensor,
@@ -152,13 +176,18 @@ def adapter_gradients(
 
     u and v are ``[L, WIDTH]``. ``x_index`` ``[L]`` gathers rows of x, ``dy_index`` rows of dy. ``weights`` ``[T, k]``
     come with ``row_order`` ``[L]``, which names each row's. demand, fp32 ``[2, E]``, gets the experts' rows and the
-    sums of their weights.
+    sums of their weights. counters, int32 and zero, are used up: there are at most as many programs with a share of an
+    expert's rows, so with 1024 of them none but a share of ``_LEAST_ROWS`` is more than 1 / 512 of all work.
     """
     x, dy, u, v = row_major(x), row_major(dy), u.contiguous(), v.contiguous()
     (num_experts, max_rank), width = components.shape, u.shape[1]
-    tile = tile_for("adapter_gradients", width, x.dtype)
+    tile = _configs.tile_for("adapter_gradients", width, x.dtype)
     column_tiles = triton.cdiv(x.shape[1], tile.block_n) + triton.cdiv(dy.shape[1], tile.block_n) + 1
-    adapter_gradients_kernel[column_tiles, num_experts * (width // tile.block_r)](
+    results, num_rows = column_tiles * (width // tile.block_r), u.shape[0]
+    share_rows = max(_LEAST_ROWS, triton.cdiv(num_rows, max(counters.numel() // results, 1)))
+    slots = num_rows // share_rows
+    partial = u.new_empty((slots if slots > 1 else 0) * results * tile.block_n * tile.block_r, dtype=torch.float32)
+    adapter_gradients_kernel[((slots + num_experts) * results,)](
         u,
         v,
         x,
@@ -167,6 +196,8 @@ def adapter_gradients(
         d_b,
         c,
         demand,
+        partial,
+        counters,
         gate,
         ranks,
         components,
@@ -179,6 +210,7 @@ def adapter_gradients(
         dy.shape[1],
         num_experts,
         max_rank,
+        share_rows,
         x.stride(0),
         dy.stride(0),
         scaling,
@@ -189,6 +221,8 @@ def adapter_gradients(
         HAS_WEIGHTS=weights is not None,
         HAS_DEMAND=demand is not None,
         PRECISION=dot_precision(x.dtype),
+        IS_HIP=_configs.backend() == "hip",
+        BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_R=tile.block_r,
@@ -198,7 +232,7 @@ def adapter_gradients(
 
 @adapter_gradients.register_fake
 def _(
-    d_a, d_b, c, demand, u, v, x, dy, ranks, scaling, gate, components, group_offsets,
+    d_a, d_b, c, demand, counters, u, v, x, dy, ranks, scaling, gate, components, group_offsets,
     x_index=None, dy_index=None, weights=None, row_order=None,
 ):  # fmt: skip
     return None

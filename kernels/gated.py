@@ -24,9 +24,12 @@ def activate(gate, ACTIVATION: tl.constexpr):
         slope = 1.5957691216057308 * (1 + 0.134145 * gate * gate)
     else:
         tl.static_assert(ACTIVATION == "silu")
-    sigmoid = tl.sigmoid(z)
+    small = tl.exp(-tl.abs(z))
+    larger = 1 / (1 + small)
+    smaller = small * larger  # not 1 - larger, which cancels
+    sigmoid, complement = tl.where(z >= 0, larger, smaller), tl.where(z >= 0, smaller, larger)
     value = gate * sigmoid
-    return value, sigmoid + value * (1 - sigmoid) * slope
+    return value, sigmoid + value * complement * slope
 
 
 @triton.jit(do_not_specialize=["num_rows"])

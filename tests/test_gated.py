@@ -24,6 +24,7 @@ gated_module, gradients_module = (
     importlib.import_module(f"lrlora_ops.kernels.{name}") for name in ("gated", "adapter_gradients")
 )
 DEVICE = DEVICES["triton"]
+NUM_COUNTERS = 64
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -173,10 +174,11 @@ def gradients(inputs: Inputs, u: Tensor, v: Tensor, gated: bool, weighted: bool)
     x[index], dy[index] = inputs.dh, inputs.gate_up
     zeros = inputs.a.new_zeros(inputs.a.shape), inputs.b.new_zeros(inputs.b.shape), torch.zeros_like(inputs.gate)
     demand = torch.full((2, len(inputs.sizes)), torch.nan, device=DEVICE)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=DEVICE)
     ranks, components, offsets = inputs.owners
     weights = {"weights": inputs.weights.view(-1, 1), "row_order": inputs.order} if weighted else {}
     ops.adapter_gradients(
-        *(*zeros, demand, u, v, x, dy, ranks, SCALING, inputs.gate if gated else None, components, offsets),
+        *(*zeros, demand, counters, u, v, x, dy, ranks, SCALING, inputs.gate if gated else None, components, offsets),
         **{"x_index": index, "dy_index": index} | weights,
     )
     return *zeros, demand
@@ -211,11 +213,12 @@ def calls() -> dict[str, tuple[Any, ...]]:
     weights = inputs.weights.nan_to_num().view(-1, 1)
     zeros = inputs.a.new_zeros(inputs.a.shape), inputs.b.new_zeros(inputs.b.shape), torch.zeros_like(inputs.gate)
     demand, rows = torch.zeros(2, len(inputs.sizes), device=DEVICE), (inputs.dh.nan_to_num(), inputs.gate_up)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=DEVICE)
     return {
         "gated_shrink": (inputs.gate_up, inputs.a, "silu", *inputs.owners),
         "gated_shrink_backward": (*rows, inputs.b, weights, inputs.order, "silu", *inputs.owners),
         "adapter_gradients": (
-            *(*zeros, demand, u, u, *rows, ranks, SCALING, inputs.gate, components, offsets),
+            *(*zeros, demand, counters, u, u, *rows, ranks, SCALING, inputs.gate, components, offsets),
             *(inputs.order, inputs.order, weights, inputs.order),
         ),
     }

@@ -125,7 +125,7 @@ def _launch_of_experts(
         primitives.gated_shrink_backward(dh, x, a, weights, row_index, "silu", ranks, **experts)
     else:
         statistics = torch.empty(a.shape[0]), torch.empty(2, len(ranks))
-        outputs = (torch.empty_like(a), torch.empty_like(a), *statistics)
+        outputs = (torch.empty_like(a), torch.empty_like(a), *statistics, torch.zeros(1024, dtype=torch.int32))
         indices = (None, row_index, weights, row_index)
         primitives.adapter_gradients(*outputs, u, u, x, x, *low_rank, *experts.values(), *indices)
 

@@ -22,10 +22,14 @@ _WIDTHS |= {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
 @dataclass(frozen=True)
 class Code:
-    """Facts about one kernel's code. ``spills`` counts instructions on NVIDIA, registers on AMD."""
+    """Facts about one kernel's code. ``spills`` counts instructions on NVIDIA, registers on AMD: they cost memory traffic.
+
+    ``scalar_spills`` are AMD's scalar registers that are kept in lanes of vector registers: they cost instructions.
+    """
 
     registers: int  # 32-bit, per lane; vector and accumulator registers together on AMD
     spills: int
+    scalar_spills: int
     stack: int  # bytes of local (scratch) memory per lane
     shared: int  # bytes per program
     matrix: dict[str, int]  # matrix instructions by opcode
@@ -82,6 +86,7 @@ def _read_cubin(kernel: Any, opcodes: Counter[str]) -> Code:
     return Code(
         registers=resources["REG"],
         spills=sum(_select(opcodes, r"LDL|STL").values()),
+        scalar_spills=0,
         stack=resources["STACK"] + resources["LOCAL"],
         shared=kernel.metadata.shared,
         matrix=_select(opcodes, r"HGMMA|QGMMA|HMMA|UTC[A-Z]*MMA"),
@@ -101,7 +106,8 @@ def _read_amdgcn(assembly: str, shared: int) -> Code:
     loads = {name: n for name, n in opcodes.most_common() if re.match(r"(global|buffer|flat)_load_", name)}
     return Code(
         registers=metadata["vgpr_count"],  # AccumOffset and the accumulators included
-        spills=metadata["vgpr_spill_count"] + metadata["sgpr_spill_count"],
+        spills=metadata["vgpr_spill_count"],
+        scalar_spills=metadata["sgpr_spill_count"],
         stack=metadata["private_segment_fixed_size"],
         shared=max(shared, metadata["group_segment_fixed_size"]),
         matrix={name: n for name, n in opcodes.most_common() if name.startswith("v_mfma")},

@@ -21,6 +21,7 @@ _NUMBERS: dict[str, Callable[[Row], str]] = {
     "r": lambda row: str(row["capacity"] or "-"),
     "regs": lambda row: str(row["registers"]),
     "spills": lambda row: str(row["spills"]),
+    "scalar": lambda row: str(row["scalar_spills"]),
     "stack": lambda row: str(row["stack"]),
     "shared": lambda row: f"{row['shared'] / 1024:.0f} KB",
     "16 B loads": lambda row: f"{row['wide_loads']:.0%}",

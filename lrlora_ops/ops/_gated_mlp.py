@@ -15,6 +15,9 @@ from torch import Tensor
 from lrlora_ops.ops._backends import primitives
 from lrlora_ops.ops._backward import differentiable_once
 
+# A few times the programs that a large GPU runs at once: a long expert's share of the sums over rows is no long tail.
+_COUNTERS = 1024
+
 
 class GatedMLPFunction(torch.autograd.Function):
     """x ``[T, H]`` -> ``[T, H]``: gather, first projection, activation, second projection, weighted sum per token.
@@ -105,15 +108,15 @@ class GatedMLPFunction(torch.autograd.Function):
         owners = (components, offsets)
         up_grads, down_grads, demand = [None] * 3, [None] * 3, None
         if any(needs[2:9]):
-            up_grads, down_grads, demand = _zeros((up_A, up_B), (down_A, down_B), offsets)
+            up_grads, down_grads, demand, counters = _zeros((up_A, up_B), (down_A, down_B), offsets)
         if any(needs[5:9]):
             ops.adapter_gradients(
-                *(*down_grads, demand if needs[8] else None, down_u, down_v, h, dy, *low_rank, down_gate, *owners),
-                *(None, tokens, route_weights, row_order),
+                *(*down_grads, demand if needs[8] else None, counters[0], down_u, down_v, h, dy, *low_rank),
+                *(down_gate, *owners, None, tokens, route_weights, row_order),
             )
         if any(needs[2:5]):
             ops.adapter_gradients(
-                *up_grads, None, up_u, up_v, x, d_gate_up, *low_rank, up_gate, *owners, x_index=tokens
+                *(*up_grads, None, counters[1], up_u, up_v, x, d_gate_up, *low_rank, up_gate, *owners), x_index=tokens
             )
         del h
         d_x = None
@@ -128,17 +131,18 @@ class GatedMLPFunction(torch.autograd.Function):
 
 def _zeros(
     up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], group_offsets: Tensor
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Zeros for the gradients of A, B and gate of both projections, and of demand ``[2, E]``: one launch for all."""
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Zeros for the gradients of A, B and gate of both projections, of demand ``[2, E]``, and counters: one launch."""
     fp32 = torch.float32
     wanted = [(t.shape, t.dtype) for t in (*up, *down)]
     wanted[2:2] = [(up[0].shape[:1], fp32)]
     wanted += [(down[0].shape[:1], fp32), (torch.Size((2, group_offsets.shape[0] - 1)), fp32)]
+    wanted += [(torch.Size((2, _COUNTERS)), torch.int32)]
     # In pieces of 16 bytes, which the kernels load and store at a time.
     sizes = [-(-math.prod(shape) * dtype.itemsize // 16) * 4 for shape, dtype in wanted]
     pieces = torch.zeros(sum(sizes), dtype=fp32, device=group_offsets.device).split(sizes)
     zeros = [_viewed(piece, *one) for piece, one in zip(pieces, wanted, strict=True)]
-    return zeros[:3], zeros[3:6], zeros[6]
+    return zeros[:3], zeros[3:6], zeros[6], zeros[7]
 
 
 def _viewed(piece: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,158 @@
+"""Sums over the rows of long experts, which are cut into shares within one launch."""
+
+from __future__ import annotations
+
+import importlib
+from itertools import accumulate
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tests._oracle import assert_within_budget, bits
+from tests.test_gated import DEVICE, SCALING, Inputs, each_dtype, expected_gradients, gradients
+from tests.test_moe_launches import launches
+from tests.test_moe_lora_mlp import CASES as LAYERS
+from tests.test_moe_lora_mlp import DEVICE as DEVICES
+from tests.test_moe_lora_mlp import make_layer, run
+
+gradients_module = importlib.import_module("lrlora_ops.kernels.adapter_gradients")
+locate_share = importlib.import_module("lrlora_ops.kernels._shares").locate_share
+ROWS = 32
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+CASES = {  # ranks, rows of each expert, rows of no expert, columns
+    "a hot expert": ((3, 2, 6, 2), (7, 0, 300, 5), 9, 20),  # its last shares have no rows: they are whole tiles
+    "two long ones": ((3, 2, 1), (130, 31, 97), 0, 20),
+    "at the limits": ((3, 2, 1, 2), (63, 64, 65, 32), 0, 20),  # 1, 2, 2 and 1 shares
+    "one expert": ((2,), (260,), 0, 20),
+    "rank 0 is counted": ((0, 3), (200, 100), 3, 20),
+    "two rank tiles": ((130, 3), (128, 6), 1, 24),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+@pytest.fixture(autouse=True)
+def short_shares(monkeypatch):
+    monkeypatch.setattr(gradients_module, "_LEAST_ROWS", ROWS)
+
+
+def operands(case: tuple, dtype: torch.dtype) -> tuple[Inputs, Tensor, Tensor]:
+    inputs = Inputs(case, dtype)
+    inputs.weights.abs_()  # as a router's are
+    rows = (inputs.dh, inputs.gate_up[:, : inputs.columns])
+    return inputs, *(inputs.by_expert(one.nan_to_num(), inputs.a) for one in rows)
+
+
+@each_case
+@each_dtype
+def test_parity(case, dtype):
+    inputs, u, v = operands(case, dtype)
+    actual = gradients(inputs, u, v, True, True)
+    exact, plain = (expected_gradients(inputs, u, v, True, True, compute) for compute in (torch.float64, torch.float32))
+    terms = [None, None, expected_gradients(inputs, u.abs(), v.abs(), True, True, torch.float64)[2], None]
+    for index, (one, value, other) in enumerate(zip(actual, exact, plain, strict=True)):
+        if index < 2 and dtype != torch.float32:  # the weighted u and v are rounded before the product
+            assert (one.double() - value).abs().max() <= 4 * torch.finfo(dtype).eps * value.abs().max()
+        else:
+            assert_within_budget(one, value, other, terms[index])
+    for result in actual[:3]:
+        assert not result[inputs.dead].any()
+
+
+@each_case
+def test_the_order_of_arrival_does_not_matter(case, monkeypatch):
+    """Programs run backwards give the same bits: the first share's is then the one that adds up."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU's order cannot be chosen")
+    inputs, u, v = operands(case, torch.float32)
+    results = [list(bits(gradients(inputs, u, v, True, True)))]
+    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    forwards, visited = builder.set_grid_idx, []
+
+    def backwards(x: int, y: int, z: int) -> None:
+        visited.append(x)
+        forwards(builder.grid_dim[0] - 1 - x, y, z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", backwards)
+    results.append(list(bits(gradients(inputs, u, v, True, True))))
+    assert visited
+    assert results[0] == results[1]
+
+
+@pytest.mark.gpu
+def test_equal_runs():
+    inputs, u, v = operands(CASES["a hot expert"], torch.float32)
+    results = [list(bits(gradients(inputs, u, v, True, True))) for _ in range(20)]
+    assert all(one == results[0] for one in results)
+
+
+@each_case
+@pytest.mark.parametrize("num_counters", [0, 3, 10, 64, 1024])
+def test_counters_bound_the_shares(case, num_counters):
+    """Whatever their number, the result is right, and no more are counted than an expert has shares."""
+    inputs, u, v = operands(case, torch.float32)
+    u, v = u.abs(), v.abs()  # so that no sum cancels
+    counters = torch.zeros(num_counters + 1, dtype=torch.int32, device=DEVICE)
+    counters[-1] = 77  # not the launch's
+    counters = counters[:-1]
+    zeros = inputs.a.new_zeros(inputs.a.shape), inputs.b.new_zeros(inputs.b.shape), torch.zeros_like(inputs.gate)
+    ranks, components, offsets = inputs.owners
+    gradients_module.adapter_gradients(
+        *(*zeros, None, counters, u, v, inputs.dh, inputs.gate_up, ranks, SCALING, inputs.gate, components, offsets)
+    )
+    exact, plain = (
+        expected_gradients(inputs, u, v, True, False, compute) for compute in (torch.float64, torch.float32)
+    )
+    for one, value, other in zip(zeros, exact, plain, strict=False):
+        assert_within_budget(one, value, other)
+    results = 3 * (1 if inputs.width <= 128 else inputs.width // 128)
+    share_rows = max(ROWS, -(-inputs.num_rows // max(num_counters // results, 1)))
+    shares = [max(size // share_rows, 1) for size in inputs.sizes]
+    live = [-(-rank // 128) * 3 for rank in ranks.tolist()]
+    counted = sorted(n for n, count in zip(shares, live, strict=True) for _ in range(count) if n > 1)
+    assert sorted(counters[counters > 0].tolist()) == counted
+    assert counters._base[-1] == 77
+
+
+@triton.jit
+def located(found_ptr, group_offsets_ptr, num_experts, share_rows, BLOCK_E: tl.constexpr):
+    found = locate_share(tl.program_id(0), group_offsets_ptr, num_experts, share_rows, BLOCK_E)
+    for index in tl.static_range(4):
+        tl.store(found_ptr + tl.program_id(0) * 4 + index, found[index])
+
+
+@pytest.mark.parametrize("sizes", [(7, 0, 300, 5), (0, 0), (64,) * 8, (31, 33, 1000, 0, 0, 64, 65)])
+@pytest.mark.parametrize("share_rows", [1, 32, 1000])
+def test_every_share_is_located(sizes, share_rows):
+    """Each once, in order, then none; slots are dense where an expert has several."""
+    offsets = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=DEVICE)
+    most = sum(sizes) // share_rows + len(sizes)
+    found = torch.full((most, 4), -1, dtype=torch.int32, device=DEVICE)
+    located[(most,)](found, offsets, len(sizes), share_rows, BLOCK_E=1 << (len(sizes) - 1).bit_length())
+    expected, slot = [], 0
+    for expert, size in enumerate(sizes):
+        shares = max(size // share_rows, 1)
+        expected += [[expert, share, shares, slot] for share in range(shares)]
+        slot += size // share_rows
+    assert found[: len(expected)].tolist() == expected
+    assert (found[len(expected) :, 0] >= len(sizes)).all()
+    assert slot <= sum(sizes) // share_rows
+
+
+def test_a_layer_twice(monkeypatch):
+    """Counters are zero at each backward, by the launch that zeroes the gradients: none is added."""
+    layer = make_layer(LAYERS["silu by name"], DEVICES["triton"])
+    _, whole = launches(layer)
+    monkeypatch.setattr(gradients_module, "_LEAST_ROWS", 2)
+    _, cut = launches(layer)
+    assert cut == whole
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in layer.leaves.items()}
+    results = [
+        list(bits(torch.autograd.grad(run(layer, leaves, backend="triton"), list(leaves.values()), layer.dy)))
+        for _ in range(2)
+    ]
+    assert results[0] == results[1]
