@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 from benchmarks.static_report.launches import KERNEL_CLASSES
 
@@ -21,6 +21,9 @@ _FREE = "empty empty_like empty_strided new_empty new_empty_strided detach _unsa
 # Of values that lie on the device: each makes the host wait until they are there, so it cannot be captured in a graph.
 _WAITS = "_local_scalar_dense item nonzero equal is_nonzero masked_select bincount repeat_interleave"
 _WAITS += " _unique _unique2 unique_consecutive unique_dim"
+
+# Methods that wait as well, and are no operation on a CPU.
+_READS = ("tolist", "numpy", "cpu", "__array__")
 
 
 class HostSyncError(AssertionError):
@@ -42,6 +45,18 @@ class _Operations(TorchDispatchMode):
         if not func.is_view and name not in _FREE.split() and any(t.numel() for t in _tensors(out)):
             self.launched.append(f"aten::{name}")
         return out
+
+
+def _refused(name: str) -> Any:
+    """A method of tensors that is not allowed, but to the interpreter within a launch."""
+    read = getattr(torch.Tensor, name)
+
+    def refused(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(_get_current_dispatch_mode(), _Operations):
+            raise HostSyncError(f"Tensor.{name} waits for the device")
+        return read(tensor, *args, **kwargs)
+
+    return mock.patch.object(torch.Tensor, name, refused)
 
 
 def _is_mask(index: Any) -> bool:
@@ -70,6 +85,7 @@ def counted_launches() -> Iterator[list[str]]:
         return counted
 
     patches = [mock.patch.object(kind, "run", counting(kind.run)) for kind in KERNEL_CLASSES]
+    patches += [_refused(name) for name in _READS]
     for patch in patches:
         patch.start()
     try:

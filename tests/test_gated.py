@@ -293,10 +293,12 @@ def test_adapter_gradients_addresses():
     outputs = {name: empty_far(RANK, n) for name, n in (("d_a", 24), ("d_b", 20), ("c", 1))}
     order, _ = far(torch.arange(FAR, FAR + ROWS)[:, None])
     weights, _ = far(torch.full((ROWS, 1), 2.0))
-    gradients_module.adapter_gradients_kernel[(2 + 2 + 1, 1)](
+    outputs["partial"] = outputs["counters"] = (torch.empty(0), torch.empty(0))
+    gradients_module.adapter_gradients_kernel[(2 + 2 + 1,)](
         **{f"{name}_ptr": start for name, (start, _) in (operands | outputs).items()},
         demand_ptr=torch.empty(2, 1), gate_ptr=None, x_index_ptr=order, dy_index_ptr=order, weights_ptr=weights,
-        row_order_ptr=order, in_features=24, out_features=20, stride_xm=24, stride_dym=20, scaling=0.5, HAS_GATE=False,
+        row_order_ptr=order, in_features=24, out_features=20, stride_xm=24, stride_dym=20, scaling=0.5, share_rows=ROWS,
+        HAS_GATE=False, IS_HIP=False, BLOCK_E=1,
         HAS_X_INDEX=True, HAS_DY_INDEX=True, HAS_WEIGHTS=True, HAS_DEMAND=True, BLOCK_N=16, **far_table(),
     )  # fmt: skip
     u, v, x, dy = (rows.float() for _, rows in operands.values())

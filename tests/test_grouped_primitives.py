@@ -348,7 +348,7 @@ def test_combine_addresses():
     (rows, row_values), (out, out_rows) = (far(whole_numbers(ROWS, 32), 0, stride) for _ in range(2))
     positions = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 3]])
     combine_module.combine_kernel[(ROWS, 1)](
-        rows_ptr=rows, positions_ptr=positions, weights_ptr=None, out_ptr=out, num_cols=stride, stride_rm=stride,
-        TOP_K=2, HAS_WEIGHTS=False, BLOCK_N=32,
+        rows_ptr=rows, positions_ptr=positions, weights_ptr=None, end_ptr=None, out_ptr=out, num_cols=stride,
+        stride_rm=stride, TOP_K=2, HAS_WEIGHTS=False, HAS_END=False, BLOCK_N=32,
     )  # fmt: skip
     assert torch.equal(out_rows, row_values[positions].sum(1))

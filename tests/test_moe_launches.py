@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -68,6 +69,11 @@ def test_frozen_adapters_cost_no_sums():
         lambda t: t.unique(),
         lambda t: bool(t.any()),
         lambda t: torch.equal(t, t + 1),
+        lambda t: t.tolist(),
+        lambda t: t.cpu(),
+        lambda t: t.numpy(),
+        lambda t: np.asarray(t),
+        lambda t: [float(value) for value in t],
     ],
 )
 def test_a_wait_is_noticed(wait):
