@@ -176,8 +176,8 @@ def adapter_gradients(
 
     u and v are ``[L, WIDTH]``. ``x_index`` ``[L]`` gathers rows of x, ``dy_index`` rows of dy. ``weights`` ``[T, k]``
     come with ``row_order`` ``[L]``, which names each row's. demand, fp32 ``[2, E]``, gets the experts' rows and the
-    sums of their weights. counters, int32 and zero, are used up: there are at most as many programs with a share of an
-    expert's rows, so with 1024 of them none but a share of ``_LEAST_ROWS`` is more than 1 / 512 of all work.
+    sums of their weights. ``counters`` ``[C]``, int32 and zero, are used up: at most C programs have a share of an
+    expert's rows, and none has more than ``4 / C`` of all work, or two times ``_LEAST_ROWS``.
     """
     x, dy, u, v = row_major(x), row_major(dy), u.contiguous(), v.contiguous()
     (num_experts, max_rank), width = components.shape, u.shape[1]

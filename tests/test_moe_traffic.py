@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.floors import experts_base_cost, experts_lora_cost, experts_passes_cost
+from benchmarks.moe_providers import ROUTINGS
 from benchmarks.shapes import ExpertsShape, mixtral, olmoe, qwen3
 from benchmarks.static_report.launches import layer_launches
 from tests.test_moe_launches import BACKWARD, FORWARD
@@ -40,6 +41,27 @@ def test_adapters_of_more_bits_cost_their_bytes():
     pools = 128 * 16 * (2048 + 2 * 768 + 768 + 2048)
     # Each pool is read by one product forward and by one backward, and its gradient is written.
     assert full - half == 2 * 3 * pools
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("model", [olmoe, qwen3, mixtral])
+def test_no_expert_is_a_long_tail(model, routing):
+    """No program of the sums over rows has more than 1/256 of all their work, or 2048 rows."""
+    layer = model(8192)
+    scores = ROUTINGS[routing](torch.rand(layer.T, layer.num_experts, generator=torch.Generator().manual_seed(0)))
+    rows = scores.topk(layer.top_k).indices.flatten().bincount(minlength=layer.num_experts)
+    for launched in layer_launches(layer, 16)[1]:
+        if launched.kernel != "adapter_gradients_kernel":
+            continue
+        arguments = launched.arguments
+        shares = (rows // arguments["share_rows"]).clamp(min=1)
+        longest = int((rows / shares).max())
+        columns = arguments["in_features"] + arguments["out_features"]
+        column_tiles = columns // arguments["BLOCK_N"] + 1  # and the statistics
+        assert int(shares.sum()) * column_tiles <= launched.grid[0]
+        assert longest <= max(layer.rows * column_tiles / 256, 2048)
+        partial = arguments["partial_ptr"].numel() * 4
+        assert partial <= 1024 * arguments["BLOCK_N"] * arguments["BLOCK_R"] * 4
 
 
 @pytest.mark.parametrize(

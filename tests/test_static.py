@@ -117,6 +117,14 @@ def test_occupancy(target, registers, shared, num_warps, blocks):
     assert targets.TARGETS[target].blocks_per_multiprocessor(registers, shared, num_warps) == blocks
 
 
+def test_spills_of_scalars_are_apart():
+    """They move to lanes of vector registers, not to memory."""
+    counts = {"vgpr_count": 128, "vgpr_spill_count": 3, "sgpr_spill_count": 5, "private_segment_fixed_size": 16}
+    counts |= {"group_segment_fixed_size": 0}
+    read = code._read_amdgcn("".join(f"    .{name}: {count}\n" for name, count in counts.items()), 1024)
+    assert (read.spills, read.scalar_spills, read.stack) == (3, 5, 16)
+
+
 def test_load_width():
     widths = {"LDG.E.128": 16, "LDGSTS.E.BYPASS.128": 16, "LDG.E": 4, "LDG.E.U16.CONSTANT": 2, "LDG.E.64": 8}
     widths |= {"buffer_load_dwordx4": 16, "global_load_dword": 4, "buffer_load_ushort": 2, "global_load_dwordx3": 12}

@@ -22,9 +22,10 @@ _WIDTHS |= {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
 @dataclass(frozen=True)
 class Code:
-    """Facts about one kernel's code. ``spills`` counts instructions on NVIDIA, registers on AMD: they cost memory traffic.
+    """Facts about one kernel's code.
 
-    ``scalar_spills`` are AMD's scalar registers that are kept in lanes of vector registers: they cost instructions.
+    ``spills`` counts instructions on NVIDIA, vector registers on AMD, and costs memory traffic. ``scalar_spills`` are
+    AMD's scalar registers that are kept in lanes of vector registers, and cost instructions alone.
     """
 
     registers: int  # 32-bit, per lane; vector and accumulator registers together on AMD

@@ -7,6 +7,7 @@ before it goes on to x, so that what they read is freed by then.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -106,7 +107,8 @@ class GatedMLPFunction(torch.autograd.Function):
         )
         del dh
         owners = (components, offsets)
-        up_grads, down_grads, demand = [None] * 3, [None] * 3, None
+        up_grads: Sequence[Tensor | None] = [None] * 3
+        down_grads, demand = up_grads, None
         if any(needs[2:9]):
             up_grads, down_grads, demand, counters = _zeros((up_A, up_B), (down_A, down_B), offsets)
         if any(needs[5:9]):
@@ -131,7 +133,7 @@ class GatedMLPFunction(torch.autograd.Function):
 
 def _zeros(
     up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], group_offsets: Tensor
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor, Tensor]:
     """Zeros for the gradients of A, B and gate of both projections, of demand ``[2, E]``, and counters: one launch."""
     fp32 = torch.float32
     wanted = [(t.shape, t.dtype) for t in (*up, *down)]
