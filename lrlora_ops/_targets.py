@@ -79,10 +79,10 @@ def _find(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
         return _require_experts(modules, experts)
     linear = {name: m for name, m in modules.items() if hasattr(m, "in_features") and hasattr(m, "out_features")}
     read_past = layers_read_past(model)
-    routers = [m for parent in modules.values() for m in parent.children() if _is_router(m, parent)]
+    routers = linear_routers(model)
     hits: dict[str, nn.Module]
     if pattern == ALL_LINEAR:
-        left_out = {id(m) for m in [*_output_embeddings(model), *routers]}
+        left_out = {id(m) for m in [*output_embeddings(model), *routers]}
         found = {name: m for name, m in linear.items() if isinstance(m, nn.Linear) and id(m) not in left_out}
         hits = {name: m for name, m in found.items() if id(m) not in read_past}
         _warn_of_reads(found, read_past, "'all-linear' leaves out {}, name them to adapt them all the same")
@@ -169,6 +169,11 @@ def call_every_layer(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0
 
 
+def linear_routers(model: nn.Module) -> list[nn.Module]:
+    """Linear layers by their class alone, which return choices of experts."""
+    return [module for parent in model.modules() for module in parent.children() if _is_router(module, parent)]
+
+
 def _is_router(module: nn.Module, parent: nn.Module) -> bool:
     """Whether it is a linear layer by its class alone, as phimoe's router is, which returns weights and choices."""
     beside_experts = any(is_experts(sibling) for sibling in parent.children())
@@ -180,7 +185,7 @@ def _is_router(module: nn.Module, parent: nn.Module) -> bool:
     )
 
 
-def _output_embeddings(model: nn.Module) -> list[nn.Module]:
+def output_embeddings(model: nn.Module) -> list[nn.Module]:
     """Of the model and of models that it holds."""
     getters = (getattr(module, "get_output_embeddings", None) for module in model.modules())
     return [getter() for getter in getters if callable(getter)]

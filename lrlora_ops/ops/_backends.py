@@ -38,6 +38,21 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
     return backend
 
 
+def backend_reason(device: torch.device) -> str:
+    """In words: the backend that is chosen on a device, why, and whether another can be asked for."""
+    try:
+        chosen = resolve_backend(None, device)
+    except ValueError as error:
+        return f"none: {error}"
+    if chosen == "triton":
+        return "triton, compiled for the GPU; eager can be asked for"
+    if "triton" not in _PRIMITIVES:
+        return "eager, PyTorch on this device; triton is not installed"
+    if _INTERPRETED:
+        return "eager, PyTorch on this device; triton can be asked for and is interpreted (TRITON_INTERPRET=1)"
+    return "eager, PyTorch on this device; triton would need a GPU, or TRITON_INTERPRET=1"
+
+
 def _require_triton(device: torch.device) -> None:
     if "triton" not in _PRIMITIVES:
         raise ValueError("backend 'triton' needs the triton package: pip install triton, or use backend='eager'")
