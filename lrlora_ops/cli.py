@@ -68,6 +68,12 @@ class MethodName(str, Enum):
     fixed = "fixed"
 
 
+class DoctorMethod(str, Enum):
+    fixed = "fixed"
+    learned = "learned"
+    dynamic = "dynamic"
+
+
 class DtypeName(str, Enum):
     auto = "auto"
     float32 = "float32"
@@ -183,6 +189,31 @@ def export(
     from lrlora_ops.finetune.exported import export_adapter
 
     export_adapter(model, adapter, output, format.value, dtype.value)
+
+
+@app.command()
+def doctor(
+    directory: Annotated[Path, typer.Argument(metavar="MODEL|RUN", help="A model, or adapters of --model.")],
+    model: Annotated[Path | None, typer.Option(help="Hugging Face model directory that a RUN was trained on.")] = None,
+    method: Annotated[DoctorMethod, typer.Option(help="Of new adapters, for a MODEL.")] = DoctorMethod.fixed,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Layers of a MODEL, as names or globs. Default: all-linear.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[DtypeName, typer.Option(help="Of the model; auto is the checkpoint's own.")] = DtypeName.auto,
+) -> None:
+    """Prove with one small batch that every adapter is called, trains, acts and merges; exit code 1 if not."""
+    from lrlora_ops.finetune.examined import examine_directory
+
+    examine_directory(directory, model, method.value, targets, device, dtype.value, Console())
+
+
+@app.command()
+def env() -> None:
+    """Versions, devices, backends and settings, for a report of a problem."""
+    from lrlora_ops.finetune.environment import as_text, environment
+
+    typer.echo(as_text(environment()))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

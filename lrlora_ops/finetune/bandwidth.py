@@ -18,7 +18,7 @@ DATASHEETS = {
     "A100-SXM4-40GB": 1.555e12,
     "A100 80GB PCIe": 1.935e12,
     "A100": 2.039e12,
-    "L40S": 0.864e12,
+    "L40": 0.864e12,
     "L4": 0.3e12,
     "A10G": 0.6e12,
     "RTX 5090": 1.792e12,
@@ -28,7 +28,7 @@ DATASHEETS = {
     "MI325X": 6.0e12,
     "MI300X": 5.3e12,
 }
-_LOW = 0.7  # of the datasheet: a copy reaches 0.85 to 0.93 of it on a GPU that nobody else uses
+_LOW = 0.7  # of the datasheet; an H200's 4.3 of 4.8 TB/s are 0.9, and less than this is shared, slowed or broken
 _BYTES, _COPIES = 1 << 30, 10
 
 
