@@ -216,6 +216,23 @@ def env() -> None:
     typer.echo(as_text(environment()))
 
 
+@app.command()
+def plan(
+    model: Annotated[Path, typer.Argument(help="Directory with the config.json of a Hugging Face model.")],
+    budget: Annotated[float, typer.Option(metavar="MEAN_RANK", help="Mean rank of a layer or an expert.")],
+    max_rank: Annotated[int | None, typer.Option(help="Highest rank. Default: four times the mean.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens in a step, of one row.")] = 4096,
+    gpu_memory: Annotated[float | None, typer.Option(metavar="GB", help="Say which ranks fit it.")] = None,
+    gpu: Annotated[str, typer.Option(help="Whose datasheet rates the floors are computed with.")] = "H200",
+    targets: Annotated[list[str] | None, typer.Option(help="Layers, as names or globs. Default: all-linear.")] = None,
+) -> None:
+    """Memory and floors of time of adapters before training, computed from config.json alone."""
+    from lrlora_ops.finetune.planned import PlanSettings, print_plan
+
+    most = math.ceil(4 * budget) if max_rank is None and math.isfinite(budget) else max_rank or 0
+    print_plan(PlanSettings(model, budget, most, tokens, gpu_memory, gpu, tuple(targets or ["all-linear"])), Console())
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,

@@ -18,14 +18,18 @@ LAYERS = [
     {"methods"},
     {"adapters"},
     {"integrations"},
+    {"doctor", "plan"},
 ]
 PARTS = {
     "_checkpoint": "adapters",
     "_export": "adapters",
+    "_coverage": "doctor",
     "_forgotten": "adapters",
     "_metrics": "adapters",
+    "_probe": "doctor",
     "_read_past": "adapters",
     "_targets": "adapters",
+    "_trace": "plan",
     "apply": "adapters",
     "_live": "eager",
 }  # modules that are one unit with another

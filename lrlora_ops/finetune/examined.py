@@ -97,7 +97,7 @@ def _gpu(device: torch.device) -> list[Finding]:
 
 def _print_coverage(report: Report, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
-    table.add_column("layers", overflow="fold")
+    table.add_column("layers", no_wrap=True)
     for column in ("number", "parameters", "sum of ranks"):
         table.add_column(column, justify="right")
     table.add_column("not adapted, because", overflow="fold")

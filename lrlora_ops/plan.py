@@ -1,0 +1,191 @@
+"""What adapters of a model will cost, by arithmetic on its layers: memory in a training step, and floors of time.
+
+Nothing here is measured. Bytes are those of fp32 adapters trained by AdamW: A and B, as much again for gradients, twice
+as much for the moments; and what autograd keeps for backward because of the adapters: ``u = x A^T`` and the layers'
+inputs, which a frozen layer alone does not need. Times are lower bounds: bytes that must move, or FLOPs that must be
+done, at the rates of a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+ADAPTER = 4  # bytes of an fp32 element
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates in bytes and bf16 FLOP per second, of the maker's datasheet without sparsity."""
+
+    bandwidth: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes moved to and from device memory, and floating-point operations."""
+
+    bytes: float
+    flops: float
+
+    def milliseconds(self, gpu: Gpu) -> float:
+        """If memory and arithmetic overlap perfectly."""
+        return 1e3 * max(self.bytes / gpu.bandwidth, self.flops / gpu.flops)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer, or the experts of a layer.
+
+    Attributes:
+        name: In the model.
+        num_experts: 1 for a linear layer.
+        projections: Inputs K and outputs N of each: one, or those of gate_up_proj and down_proj.
+        tokens: Rows of the layer's input in a step.
+        rows: Rows that the products work on: tokens, or tokens times top_k.
+        itemsize: Bytes of an element of the model.
+        source: Which tensor the layer reads; layers with the same source share their input.
+    """
+
+    name: str
+    num_experts: int
+    projections: tuple[tuple[int, int], ...]
+    tokens: int
+    rows: int
+    itemsize: int
+    source: int
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether it has more projections than one, through which rows are routed."""
+        return len(self.projections) > 1
+
+    def parameters(self, rank: float) -> float:
+        """Of A and B, at this mean rank of an expert."""
+        return self.num_experts * rank * sum(k + n for k, n in self.projections)
+
+    def u_bytes(self, width: float) -> float:
+        """Of the rows' ``u`` in all projections, ``width`` columns each, in the model's dtype."""
+        return self.rows * width * len(self.projections) * self.itemsize
+
+    def base_cost(self) -> Cost:
+        """The frozen products, forward and dx: each reads weights and rows, and writes rows."""
+        weights = self.num_experts * sum(k * n for k, n in self.projections)
+        moved = weights + sum(inputs * k + self.rows * n for inputs, _, k, n in self._passes())
+        return Cost(2 * self.itemsize * moved, 4 * self.rows * sum(k * n for k, n in self.projections))
+
+    def lora_cost(self, rank: float) -> Cost:
+        """The adapters alone, forward and backward, if every expand rides on a base product.
+
+        x is read for U and for dA, dy once, U and V written once and read twice; A and B are read twice, their
+        gradients written once. Six products of ``2 r`` FLOPs per element.
+        """
+        if rank == 0:
+            return Cost(0, 0)
+        moved = sum(2 * inputs * k + outputs * n + 6 * self.rows * rank for inputs, outputs, k, n in self._passes())
+        flops = 6 * self.rows * rank * sum(k + n for k, n in self.projections)
+        return Cost(self.itemsize * moved + 3 * ADAPTER * self.parameters(rank), flops)
+
+    def peft_cost(self, rank: float) -> Cost:
+        """The least that PEFT moves on top of ``lora_cost``, for it is made of PyTorch's operations.
+
+        Of a linear layer the update of y and of dx is written, read, and added to what is read and written again. Of
+        experts the sum of weights and update is made and the gradient of that whole matrix: four passes over the
+        weights, a product of the rows' size and three of the rank's.
+        """
+        cost = self.lora_cost(rank)
+        if not self.is_experts:
+            return Cost(
+                cost.bytes + 4 * self.itemsize * sum(self.rows * (k + n) for k, n in self.projections), cost.flops
+            )
+        weights = sum(k * n for k, n in self.projections)
+        whole = 2 * self.rows * weights + 3 * 2 * self.num_experts * rank * weights
+        return Cost(cost.bytes + 4 * self.itemsize * self.num_experts * weights, cost.flops + whole)
+
+    def _passes(self) -> list[tuple[int, int, int, int]]:
+        """Rows of input and of output in memory, K and N of each projection: tokens outside, routed rows within."""
+        last = len(self.projections) - 1
+        return [
+            (self.tokens if index == 0 else self.rows, self.tokens if index == last else self.rows, k, n)
+            for index, (k, n) in enumerate(self.projections)
+        ]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that the adapters of some layers hold in a step; ``saved`` is for backward."""
+
+    adapters: float
+    gradients: float
+    optimizer: float
+    saved: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.adapters + self.gradients + self.optimizer + self.saved
+
+
+def owned(layers: Sequence[Layer], mean_rank: float, max_rank: int) -> Held:
+    """Components that are owned: FixedRank, DynamicRank on experts, and LearnedRank once it is frozen and compacted.
+
+    The u of routed rows has a column for each component that an expert may get.
+    """
+    u = sum(layer.u_bytes(max_rank if layer.is_experts else mean_rank) for layer in layers)
+    return _held(layers, mean_rank, u + _inputs(layers))
+
+
+def learning(layers: Sequence[Layer], mean_rank: float, max_rank: int) -> Held:
+    """LearnedRank until its freeze, and any LoRA that is padded to the largest rank and masked."""
+    return _held(layers, max_rank, sum(layer.u_bytes(max_rank) for layer in layers) + _inputs(layers))
+
+
+def peft(layers: Sequence[Layer], mean_rank: float, max_rank: int) -> Held:
+    """PEFT with the mean rank everywhere, its adapters in fp32 as it makes them.
+
+    A linear layer keeps its input, of a bf16 model a copy of its own in fp32, and u in fp32. Experts keep their weights
+    with the update in them, what the update was made of, and their rows.
+    """
+    saved = sum(_peft_saved(layer, mean_rank) for layer in layers)
+    if all(layer.itemsize == ADAPTER for layer in layers):  # no copies: inputs are shared
+        saved += _inputs(layers)
+    return _held(layers, mean_rank, saved)
+
+
+ARMS: dict[str, Callable[[Sequence[Layer], float, int], Held]] = {
+    "FixedRank, DynamicRank on experts": owned,
+    "LearnedRank until its freeze": learning,
+    "LoRA padded to the maximum": learning,
+    "PEFT at the mean rank": peft,
+}
+
+
+def _held(layers: Sequence[Layer], rank: float, saved: float) -> Held:
+    size = ADAPTER * sum(layer.parameters(rank) for layer in layers)
+    return Held(size, size, 2 * size, saved)
+
+
+def _inputs(layers: Sequence[Layer]) -> float:
+    """Inputs of linear layers, each once; those of experts are kept by the frozen experts as well."""
+    sizes = {x.source: x.tokens * x.projections[0][0] * x.itemsize for x in layers if not x.is_experts}
+    return sum(sizes.values())
+
+
+def _peft_saved(layer: Layer, rank: float) -> float:
+    copied = layer.itemsize < ADAPTER
+    if not layer.is_experts:
+        own_input = layer.rows * layer.projections[0][0] * ADAPTER if copied else 0
+        return own_input + layer.rows * rank * ADAPTER
+    weights = layer.num_experts * sum(k * n for k, n in layer.projections)
+    rows = layer.rows * sum(k for k, _ in layer.projections)
+    return layer.itemsize * (weights + rows + (layer.parameters(rank) if copied else 0))
+
+
+def largest_rank(fits: Callable[[int], bool], most: int) -> int:
+    """The largest integer from 0 to ``most`` that fits, of those whose smaller ones fit too; -1 if none does."""
+    low, high = -1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,247 @@
+"""lrlora plan: its numbers by hand, against what adapters really hold on the meta device, and as a command."""
+
+import json
+from contextlib import nullcontext
+from functools import cache
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.floors import base_cost, experts_base_cost, experts_lora_cost, lora_cost
+from benchmarks.memory import saved_bytes
+from benchmarks.shapes import ExpertsShape, Shape
+from lrlora_ops import DynamicRank, FixedRank, LearnedRank, apply_lora
+from lrlora_ops._targets import find_targets
+from lrlora_ops.plan import Cost, Gpu, Held, Layer, largest_rank, learning, owned, peft
+
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+import transformers
+from typer.testing import CliRunner
+
+from lrlora_ops._trace import trace
+from lrlora_ops.cli import app
+from lrlora_ops.finetune.gpus import known_gpu
+from tests._cli import assert_one_line
+
+SIZES = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+TOKENS = 20
+
+
+def on_meta(experts=False, dtype=torch.bfloat16):
+    config = transformers.Qwen3MoeConfig(**SIZES, **EXPERTS) if experts else transformers.LlamaConfig(**SIZES)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def traced(targets, experts=False, dtype=torch.bfloat16):
+    model = on_meta(experts, dtype)
+    return trace(model, find_targets(model, targets), TOKENS)
+
+
+def counted(model, parameters, base=None) -> Held:
+    """What a step really holds of these parameters, and saves beyond the base model; tables' small tensors apart."""
+    model.train()
+    x = torch.empty(1, TOKENS, 64, dtype=model.dtype, device="meta", requires_grad=True)
+    small = [t for m in model.modules() if hasattr(m, "train_ranks") for t in (m.gate, m.demand, m.train_ranks)]
+    outputs = []
+    with patch.object(torch, "autocast", lambda *_, **__: nullcontext()):  # PEFT switches off what meta has not
+        forward = lambda: outputs.append(model(inputs_embeds=x).logits)  # noqa: E731
+        saved = saved_bytes(forward, [*model.parameters(), *model.buffers(), *small])
+        if parameters:
+            outputs[0].sum().backward()
+    optimizer = torch.optim.AdamW(parameters or [nn.Parameter(torch.zeros(1))])
+    optimizer.step()
+    moments = [v for values in optimizer.state.values() for v in values.values() if v.dim()]
+    sizes = [sum(t.nbytes for t in tensors) for tensors in (parameters, [p.grad for p in parameters], moments)]
+    return Held(*sizes, saved - (base.saved if base else 0))
+
+
+@cache
+def base_of(experts=False, dtype=torch.bfloat16) -> Held:
+    return counted(on_meta(experts, dtype).requires_grad_(False), [])
+
+
+LAYER = Layer("q", 1, ((4096, 1024),), 8192, 8192, 2, 0)
+MIXTURE = Layer("experts", 64, ((2048, 2048), (1024, 2048)), 512, 4096, 2, 0)
+
+
+def test_a_linear_layer_by_hand():
+    """Rank 16 of 4096 -> 1024 on 8192 tokens in bf16."""
+    held = owned([LAYER], 16, 64)
+    assert (held.adapters, held.gradients, held.optimizer) == (4 * 81_920, 4 * 81_920, 8 * 81_920)
+    assert held.saved == 2 * 8192 * 4096 + 2 * 8192 * 16
+    assert learning([LAYER], 16, 64).saved == 2 * 8192 * 4096 + 2 * 8192 * 64
+    assert learning([LAYER], 16, 64).adapters == 4 * held.adapters
+    assert peft([LAYER], 16, 64).saved == 4 * 8192 * (4096 + 16)
+    assert held.total == 16 * 81_920 + held.saved
+
+
+def test_experts_by_hand():
+    """16 components each for 64 experts of 2048/1024, top 8, on 512 tokens."""
+    held = owned([MIXTURE], 16, 64)
+    assert held.adapters == 4 * 64 * 16 * (2048 + 2048 + 1024 + 2048)
+    assert held.saved == 2 * 2 * 4096 * 64
+    assert peft([MIXTURE], 16, 64).saved == 2 * (64 * 3 * 2048 * 1024 + 4096 * 3072 + 64 * 16 * 7168)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 16])
+def test_floors_are_those_of_the_benchmarks(rank):
+    dense = Shape("8B", "k_proj", 8192, 4096, 1024)
+    experts = ExpertsShape("OLMoE", 512, 64, 8, 2048, 1024)
+    for ours, theirs in (
+        (LAYER.base_cost(), base_cost(dense)),
+        (LAYER.lora_cost(rank), lora_cost(dense, rank, adapter_itemsize=4)),
+        (MIXTURE.base_cost(), experts_base_cost(experts)),
+        (MIXTURE.lora_cost(rank), experts_lora_cost(experts, rank, adapter_itemsize=4)),
+    ):
+        assert (ours.bytes, ours.flops) == (theirs.bytes, theirs.flops)
+
+
+def test_what_peft_moves_on_top_by_hand():
+    ours, theirs = LAYER.lora_cost(16), LAYER.peft_cost(16)
+    assert theirs.bytes - ours.bytes == 2 * 8192 * (4 * 4096 + 4 * 1024)  # dx and y: written, read; read and written
+    assert theirs.flops == ours.flops
+    ours, theirs, weights = MIXTURE.lora_cost(16), MIXTURE.peft_cost(16), 3 * 2048 * 1024
+    assert theirs.bytes - ours.bytes == 4 * 2 * 64 * weights
+    assert theirs.flops - ours.flops == 2 * 4096 * weights + 6 * 64 * 16 * weights
+
+
+def test_milliseconds_are_the_longer_of_both():
+    assert Cost(2e9, 1e12).milliseconds(Gpu(1e12, 1e15)) == 2.0
+    assert Cost(2e9, 4e12).milliseconds(Gpu(1e12, 1e15)) == 4.0
+
+
+@pytest.mark.parametrize("targets", ["o_proj", ["q_proj", "k_proj"], "all-linear"])
+def test_linear_layers_hold_what_is_planned(targets):
+    """Bit for bit what apply_lora's adapters hold, inputs shared or not."""
+    layers, base = traced(targets).layers, base_of()
+    model = on_meta()
+    fixed = counted(model, apply_lora(model, FixedRank(5), targets).parameters(), base)
+    assert fixed == owned(layers, 5, 7)
+    model = on_meta()
+    learned = counted(model, apply_lora(model, LearnedRank(5, 7), targets).parameters(), base)
+    assert learned == learning(layers, 5, 7)
+
+
+def test_experts_hold_no_more_than_is_planned():
+    layers, base, model = traced("experts", experts=True).layers, base_of(experts=True), on_meta(experts=True)
+    held = counted(model, apply_lora(model, DynamicRank(2, 3, 6), "experts").parameters(), base)
+    plan = owned(layers, 3, 6)
+    assert (held.adapters, held.gradients, held.optimizer) == (plan.adapters, plan.gradients, plan.optimizer)
+    indices = 8 * (2 * 2 * TOKENS * 4 + 4 * 6 + 8)  # of rows and components, two layers, 64 bits at most
+    assert held.saved <= plan.saved + indices
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_peft_holds_what_is_planned(dtype):
+    library = pytest.importorskip("peft")
+    layers, base = traced(["q_proj", "k_proj", "down_proj"], dtype=dtype).layers, base_of(dtype=dtype)
+    model = on_meta(dtype=dtype)
+    library.get_peft_model(model, library.LoraConfig(r=5, target_modules=["q_proj", "k_proj", "down_proj"]))
+    assert counted(model, [p for p in model.parameters() if p.requires_grad], base) == peft(layers, 5, 7)
+
+
+def test_peft_on_experts_holds_what_is_planned():
+    library = pytest.importorskip("peft")
+    layers, base, model = traced("experts", experts=True).layers, base_of(experts=True), on_meta(experts=True)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    library.get_peft_model(model, library.LoraConfig(r=5, target_modules=[], target_parameters=names))
+    held = counted(model, [p for p in model.parameters() if p.requires_grad], base)
+    assert held == peft(layers, 5, 7)
+
+
+def test_the_frozen_model():
+    """Its weights by counting; what it saves grows with the tokens, without their square."""
+    found, model = traced("all-linear"), on_meta()
+    assert found.weights == sum(p.nbytes for p in model.parameters())
+    assert found.logits == TOKENS * 100 * (2 + 8)
+    long = trace(model, find_targets(model, "q_proj"), 100 * TOKENS)
+    assert long.saved == pytest.approx(100 * found.saved, rel=0.01)
+
+
+def test_layers_that_the_forward_does_not_call():
+    model = on_meta()
+    with pytest.raises(ValueError, match="does not call vision; leave it out of targets"):
+        trace(model, {"vision": nn.Linear(2, 2)}, TOKENS)
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 1, 6, 7, 8, 99])
+def test_largest_rank(limit):
+    assert largest_rank(lambda rank: rank <= limit, 8) == min(limit, 8)
+
+
+@pytest.mark.parametrize(
+    "name, bandwidth",
+    [
+        ("NVIDIA H200", 4.8e12),
+        ("NVIDIA GH200 480GB", 4.0e12),
+        ("NVIDIA H100 80GB HBM3", 3.35e12),
+        ("NVIDIA H100 PCIe", 2.0e12),
+        ("NVIDIA L40S", 0.864e12),
+        ("NVIDIA L4", 0.3e12),
+        ("AMD Instinct MI300X", 5.3e12),
+    ],
+)
+def test_gpus_are_known_by_a_part_of_their_name(name, bandwidth):
+    assert known_gpu(name).bandwidth == bandwidth
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A config.json, and no weights."""
+    folder = tmp_path_factory.mktemp("config")
+    config = {"model_type": "qwen3_moe", "dtype": "bfloat16", **SIZES, **EXPERTS}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def run(*words):
+    return CliRunner().invoke(app, ["plan", *map(str, words)], terminal_width=200)
+
+
+def test_command(directory):
+    result = run(directory, "--budget", "2", "--tokens", "20", "--targets", "experts", "--gpu-memory", "1")
+    assert result.exit_code == 0, (result.output, result.exception)
+    words = " ".join(result.output.split())
+    assert "computed, not measured: 20 tokens in a step, mean rank 2, at most 8" in words
+    parameters = 2 * 4 * 2 * (64 + 64 + 32 + 64)
+    assert f"model.layers.*.mlp.experts 2 {parameters:,}" in words
+    assert (
+        "1 GB hold, beside the model, with a tenth to spare: a mean rank of 32" in words
+    )  # all that the layers can use
+
+
+def test_memory_that_does_not_hold_the_model(directory):
+    result = run(directory, "--budget", "2", "--gpu-memory", "0.0001")
+    assert "0.0001 GB do not hold the model and a step of it: lower --tokens" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--budget", "0"], "--budget is 0.0; it must be above 0"),
+        (["--budget", "nan"], "--budget is nan; it must be above 0"),
+        (["--budget", "8", "--max-rank", "4"], "--max-rank is 4; it must be at least the budget, 8"),
+        (["--budget", "8", "--tokens", "1"], "--tokens is 1; it must be at least 2"),
+        (["--budget", "8", "--gpu-memory", "-1"], "--gpu-memory is -1.0; it must be above 0"),
+        (["--budget", "8", "--gpu", "abacus"], "--gpu is abacus; it must be one of B200"),
+        (["--budget", "8", "--targets", "abacus"], "cannot be planned.*'abacus' matches no linear layer"),
+    ],
+)
+def test_bad_options_are_one_line(directory, options, words):
+    assert_one_line(run(directory, *options), words)
+
+
+def test_a_directory_without_a_config(tmp_path):
+    assert_one_line(run(tmp_path, "--budget", "8"), r"has no config\.json: give the directory")
