@@ -95,7 +95,7 @@ def examine(adapters: Adapters, inputs: Tensor | Sequence[Any] | Mapping[str, An
             _is_finite(adapters, seen, diseased),
             _merges(adapters, [name for name in ranked if name not in diseased]),
         ]
-        remarks = [*_without_rank(adapters), *_without_rows(adapters), *_unmerged(adapters), *_also_trained(adapters)]
+        remarks = [remark for look in _REMARKS for remark in look(adapters)]
     return Report(tuple(findings), tuple(coverage(adapters)), tuple(remarks))
 
 
@@ -109,7 +109,7 @@ def _finding(check: str, troubles: Mapping[str, Trouble], fine: str) -> Finding:
     groups: dict[Trouble, list[str]] = {}
     for name, trouble in troubles.items():
         groups.setdefault(trouble, []).append(name)
-    detail = "; ".join(f"{_names(names)} {what}" for (what, _), names in groups.items())
+    detail = "; ".join(f"{_names(names)}: {what}" for (what, _), names in groups.items())
     return Finding(check, False, detail, "; ".join(dict.fromkeys(fix for _, fix in groups)))
 
 
@@ -137,11 +137,11 @@ def _dead(module: RankAdapter) -> Trouble | None:
     live = module.table.live_rows()
     pools = module.pools().values()
     if module.scaling == 0:
-        return "have scaling 0", "give apply_lora a lora_alpha above 0"
+        return "the scaling is 0", "give apply_lora a lora_alpha above 0"
     if not all(parameter.requires_grad for pool in pools for parameter in (pool.lora_A, pool.lora_B)):
-        return "do not require a gradient", "for p in adapters.parameters(): p.requires_grad_()"
+        return "parameters that do not require a gradient", "for p in adapters.parameters(): p.requires_grad_()"
     if any(not (pool.lora_A[live].any() or pool.lora_B[live].any()) for pool in pools):
-        return "have A and B both 0, which no gradient can leave", "initialise A at random"
+        return "A and B are both 0, which no gradient can leave", "initialise A at random"
     return None
 
 
@@ -152,7 +152,7 @@ def _gated(module: RankAdapter) -> Trouble | None:
     if not closed:
         return None
     return (
-        f"have gate 0 in {closed} of {gates.numel()} live components, which add nothing",
+        f"the gates of {closed} of {gates.numel()} live components are 0, so that they add nothing",
         "adapter.table.reset_training_state() opens the gates",
     )
 
@@ -163,18 +163,18 @@ def _idle(name: str, module: RankAdapter, seen: Probe) -> Trouble | None:
         return None
     if name not in seen.called:
         return (
-            "were never called by the forward",
+            "never called by the forward",
             "leave them out of targets, or call the layer where the model reads its weight",
         )
     gradients = [p.grad for pool in module.pools().values() for p in (pool.lora_A, pool.lora_B)]
     if any(gradient is None for gradient in gradients):
         return (
-            "were called, but no gradient comes back",
+            "called, but no gradient comes back",
             "look for no_grad or detach around or behind them; with activation checkpointing use use_reentrant=False",
         )
     if any(not gradient.any() for gradient in gradients if gradient is not None):
         return (
-            "were called, but their gradient is 0",
+            "called, but the gradient is 0",
             "look for what multiplies their output by 0, drops it, or rounds it away",
         )
     return None
@@ -199,9 +199,12 @@ def _not_finite(adapters: Adapters) -> dict[str, Trouble]:
         for parameter in (pool.lora_A, pool.lora_B)
     }
     return {
-        owners.get(id(parameter), name): ("hold NaN or infinity", "load the weights again, from before they broke")
+        owners.get(id(parameter), name): (
+            "NaN or infinity in the weights",
+            "load the weights again, from before they broke",
+        )
         for name, parameter in adapters.model.named_parameters()
-        if parameter.is_floating_point() and not parameter.isfinite().all()
+        if parameter.is_floating_point() and not parameter.is_meta and not parameter.isfinite().all()
     }
 
 
@@ -216,10 +219,10 @@ def _overflown(adapters: Adapters, seen: Probe) -> dict[str, Trouble]:
     precision = "load the model in bfloat16 or float32"
     if seen.infinite or not seen.output_finite:
         first = seen.infinite[0] if seen.infinite else "the model"
-        return {first: ("has an output with NaN or infinity, of finite weights", precision)}
+        return {first: ("NaN or infinity in the output, of finite weights", precision)}
     for name, parameter in adapters.named_parameters():
         if parameter.grad is not None and not parameter.grad.isfinite().all():
-            return {name: ("has a gradient with NaN or infinity", precision)}
+            return {name: ("NaN or infinity in the gradient", precision)}
     return {}
 
 
@@ -234,7 +237,7 @@ def _merges(adapters: Adapters, names: Sequence[str]) -> Finding:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             fix = "do not merge: save the adapters and load them beside the base, or export(format='peft')"
-            troubles[name] = (f"cannot be merged ({error})", fix)
+            troubles[name] = (str(error), fix)
     return _finding("a merged layer computes what its adapter does", troubles, f"{len(tried)} adapters")
 
 
@@ -261,8 +264,16 @@ def _unmerged(adapters: Adapters) -> Iterator[str]:
         yield f"not merged, for their weights are quantised: {_names(quantised)}"
 
 
+def _unread(adapters: Adapters) -> Iterator[str]:
+    if offloaded := [name for name, parameter in adapters.model.named_parameters() if parameter.is_meta]:
+        yield f"not searched for NaN, for they are offloaded: {_names(offloaded)}"
+
+
 def _also_trained(adapters: Adapters) -> Iterator[str]:
     own = {id(parameter) for parameter in adapters.parameters()}
     others = [name for name, p in adapters.model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
         yield f"require a gradient beside the adapters: {_names(others)}"
+
+
+_REMARKS = (_without_rank, _without_rows, _unmerged, _unread, _also_trained)

@@ -83,10 +83,10 @@ def test_a_healthy_model_passes(method):
 @pytest.mark.parametrize(
     "how, words",
     [
-        ("unused", "extra were never called by the forward"),
-        ("detached", "extra were called, but no gradient comes back"),
-        ("no_grad", "extra were called, but no gradient comes back"),
-        ("dropped", "extra were called, but their gradient is 0"),
+        ("unused", "extra: never called by the forward"),
+        ("detached", "extra: called, but no gradient comes back"),
+        ("no_grad", "extra: called, but no gradient comes back"),
+        ("dropped", "extra: called, but the gradient is 0"),
     ],
 )
 def test_an_adapter_that_would_not_train(how, words):
@@ -98,7 +98,7 @@ def test_a_gradient_that_is_cut_for_all():
     adapters = sick()
     adapters.model.forward = lambda ids: Sick.forward(adapters.model, ids).detach()
     found = failures(adapters)
-    assert "layers.0.q_proj, layers.0.k_proj, layers.0.mlp.up and 6 more were called, but no gradient" in found[CALLED]
+    assert "layers.0.q_proj, layers.0.k_proj, layers.0.mlp.up and 6 more: called, but no gradient" in found[CALLED]
 
 
 @pytest.mark.parametrize("closed", [1, 3])
@@ -107,16 +107,16 @@ def test_gate_of_0(closed):
     with torch.no_grad():
         adapters.modules["extra"].table.gate[:closed] = 0
     found = failures(adapters)
-    assert found.pop(ACTS) == f"extra have gate 0 in {closed} of 3 live components, which add nothing"
+    assert found.pop(ACTS) == f"extra: the gates of {closed} of 3 live components are 0, so that they add nothing"
     assert not adapters.modules["extra"].table.gate[:closed].any()
 
 
 @pytest.mark.parametrize(
     "break_it, words",
     [
-        (lambda layer: setattr(layer, "scaling", 0.0), "extra have scaling 0"),
-        (lambda layer: layer.lora_B.requires_grad_(False), "extra do not require a gradient"),
-        (lambda layer: layer.lora_A.data.zero_(), "extra have A and B both 0, which no gradient can leave"),
+        (lambda layer: setattr(layer, "scaling", 0.0), "extra: the scaling is 0"),
+        (lambda layer: layer.lora_B.requires_grad_(False), "extra: parameters that do not require a gradient"),
+        (lambda layer: layer.lora_A.data.zero_(), "extra: A and B are both 0, which no gradient can leave"),
     ],
 )
 def test_an_adapter_that_cannot_act(break_it, words):
@@ -128,7 +128,7 @@ def test_an_adapter_that_cannot_act(break_it, words):
 def test_a_merge_that_differs():
     found = failures(sick("scaled weight"))
     assert found.keys() == {MERGES}
-    assert "extra cannot be merged (the merged layer differs from the adapter's forward" in found[MERGES]
+    assert "extra: the merged layer differs from the adapter's forward" in found[MERGES]
 
 
 @pytest.mark.parametrize("name", ["lora_A", "lora_B", "weight"])
@@ -137,11 +137,11 @@ def test_a_nan_is_named_where_it_is(name):
     with torch.no_grad():
         getattr(adapters.modules["extra"], name)[0, 0] = torch.nan
     where = "extra.weight" if name == "weight" else "extra"
-    assert failures(adapters)[FINITE] == f"{where} hold NaN or infinity"
+    assert failures(adapters)[FINITE] == f"{where}: NaN or infinity in the weights"
 
 
 def test_an_overflow_is_named_where_it_begins():
-    assert failures(sick("overflow"))[FINITE] == "extra has an output with NaN or infinity, of finite weights"
+    assert failures(sick("overflow"))[FINITE] == "extra: NaN or infinity in the output, of finite weights"
 
 
 def test_ranks_of_0():

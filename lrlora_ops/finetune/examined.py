@@ -16,10 +16,11 @@ from lrlora_ops.finetune.bandwidth import copy_bandwidth, judged
 from lrlora_ops.finetune.errors import CheckFailed, CommandError
 from lrlora_ops.finetune.machine import describe, pick_device
 from lrlora_ops.finetune.pretrained import load_pretrained
+from lrlora_ops.methods import Method
 from lrlora_ops.ops._backends import backend_reason
 
 ROWS, TOKENS, SEED = 2, 16, 0
-METHODS = {"fixed": FixedRank(), "learned": LearnedRank(), "dynamic": DynamicRank()}
+METHODS: dict[str, Method] = {"fixed": FixedRank(), "learned": LearnedRank(), "dynamic": DynamicRank()}
 _RUN_FILES = ("lrlora_state.json", "adapter_config.json")
 
 
@@ -52,7 +53,8 @@ def examine_directory(
     adapters = _adapted(directory, base, method, targets, device, dtype)
     console.print(describe(device), style="bold", highlight=False)
     console.print(f"  backend: {backend_reason(device)}", highlight=False, soft_wrap=True)
-    tokens = torch.randint(adapters.model.config.get_text_config().vocab_size, (ROWS, TOKENS), device=device)
+    config: Any = adapters.model.config
+    tokens = torch.randint(config.get_text_config().vocab_size, (ROWS, TOKENS), device=device)
     report = examine(adapters, {"input_ids": tokens, "use_cache": False})
     _print_coverage(report, console)
     findings = [*report.findings, *_gpu(device)]
