@@ -84,13 +84,12 @@ def examine(adapters: Adapters, inputs: Tensor | Sequence[Any] | Mapping[str, An
     with undisturbed(adapters):
         unable |= {name: trouble for name, module in ranked.items() if (trouble := _gated(module))}
         seen = probe(adapters, inputs)
-        idle = {name: trouble for name, module in ranked.items() if (trouble := _idle(name, module, seen))}
-        idle = {name: trouble for name, trouble in idle.items() if name not in unable}
+        able = {name: module for name, module in ranked.items() if name not in unable}
         findings = [
             _has_ranks(adapters, ranked),
             _runs(seen),
             _finding("every adapter can act", unable, f"{len(ranked)} adapters"),
-            _finding("every adapter is called and gets gradient", idle, f"{len(ranked) - len(unable)} adapters"),
+            _trains(able, seen),
             _moves(ranked, seen),
             _is_finite(adapters, seen, diseased),
             _merges(adapters, [name for name in ranked if name not in diseased]),
@@ -157,10 +156,16 @@ def _gated(module: RankAdapter) -> Trouble | None:
     )
 
 
+def _trains(able: Mapping[str, RankAdapter], seen: Probe) -> Finding:
+    check = "every adapter is called and gets gradient"
+    if seen.error:
+        return Finding(check, False, "not known, for the batch did not run to its end", "see the check above")
+    idle = {name: trouble for name, module in able.items() if (trouble := _idle(name, module, seen))}
+    return _finding(check, idle, f"{len(able)} adapters")
+
+
 def _idle(name: str, module: RankAdapter, seen: Probe) -> Trouble | None:
     """Why an adapter would not train in this model."""
-    if seen.error:
-        return None
     if name not in seen.called:
         return (
             "never called by the forward",
@@ -211,7 +216,7 @@ def _not_finite(adapters: Adapters) -> dict[str, Trouble]:
 def _is_finite(adapters: Adapters, seen: Probe, diseased: Mapping[str, Trouble]) -> Finding:
     """Weights that are not explain what is computed from them."""
     troubles = diseased or ({} if seen.error else _overflown(adapters, seen))
-    return _finding("all values are finite", troubles, "weights, output, gradients")
+    return _finding("all values are finite", troubles, "weights" if seen.error else "weights, output, gradients")
 
 
 def _overflown(adapters: Adapters, seen: Probe) -> dict[str, Trouble]:

@@ -155,6 +155,7 @@ def test_ranks_of_0():
 def test_a_forward_that_raises():
     found = failures(apply_lora(nn.ModuleDict({"q": nn.Linear(3, 3)}), FixedRank(1), "q"))
     assert "missing the required" in found["forward and backward run in training mode"]
+    assert found[CALLED] == "not known, for the batch did not run to its end" and MOVES in found
 
 
 def test_adapters_that_are_merged_cannot_be_examined():

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from lrlora_ops._trace import trace
 from lrlora_ops.cli import app
 from lrlora_ops.finetune.gpus import known_gpu
+from lrlora_ops.finetune.planned import advice
 from tests._cli import assert_one_line
 
 SIZES = {
@@ -217,9 +218,17 @@ def test_command(directory):
     assert "computed, not measured: 20 tokens in a step, mean rank 2, at most 8" in words
     parameters = 2 * 4 * 2 * (64 + 64 + 32 + 64)
     assert f"model.layers.*.mlp.experts 2 {parameters:,}" in words
-    assert (
-        "1 GB hold, beside the model, with a tenth to spare: a mean rank of 32" in words
-    )  # all that the layers can use
+    most = "FixedRank(32), DynamicRank with max_rank 32; or LearnedRank with max_rank 32"  # the layers' own rank
+    assert f"1 GB hold, beside the model and with a tenth to spare: {most}" in words
+
+
+def test_the_ranks_that_fit_a_memory():
+    """One component more than is advised does not fit."""
+    found = traced("all-linear", dtype=torch.float32)
+    beside = found.weights + found.saved + found.logits
+    memory = (beside + learning(found.layers, 9, 9).total + 1) / 0.9e9
+    assert "FixedRank(9); or LearnedRank with max_rank 9, of which a mean_rank of 2" in advice(found, memory)
+    assert "FixedRank(8); or LearnedRank with max_rank 8" in advice(found, memory - 2e-9 / 0.9)
 
 
 def test_memory_that_does_not_hold_the_model(directory):

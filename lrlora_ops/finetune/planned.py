@@ -166,10 +166,10 @@ def advice(found: Trace, memory: float) -> str:
         )
     fixed = largest_rank(lambda rank: owned(found.layers, rank, min(4 * rank, most)).total <= free, most)
     learned = largest_rank(lambda rank: learning(found.layers, rank, rank).total <= free, most)
+    dynamic = f", DynamicRank with max_rank {min(4 * fixed, most)}" if any(x.is_experts for x in found.layers) else ""
     return (
-        f"{memory:g} GB hold, beside the model, with a tenth to spare: a mean rank of {fixed} if components are owned "
-        f"(FixedRank, or DynamicRank with max_rank {min(4 * fixed, most)} on experts); LearnedRank with max_rank "
-        f"{learned}, so a budget of {max(learned // 4, 1) if learned else 0} leaves it a factor of 4"
+        f"{memory:g} GB hold, beside the model and with a tenth to spare: FixedRank({fixed}){dynamic}; or LearnedRank "
+        f"with max_rank {learned}, of which a mean_rank of {learned // 4} is a quarter"
     )
 
 
