@@ -128,6 +128,8 @@ def test_an_adapter_that_cannot_act(break_it, words):
 def test_a_merge_that_differs():
     found = failures(sick("scaled weight"))
     assert found.keys() == {MERGES}
+    kinds = {row.kind for row in examine(sick("scaled weight"), IDS).coverage}
+    assert "extra" in kinds and "extra.base_layer" not in kinds
     assert "extra: the merged layer differs from the adapter's forward" in found[MERGES]
 
 
