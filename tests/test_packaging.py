@@ -39,7 +39,8 @@ WITHOUT_TRITON = """
 from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
 hidden = {"triton", "transformers"}
-PathFinder.find_spec = lambda name, *args: None if name.partition(".")[0] in hidden else find_spec(name, *args)
+hide = lambda name, *args: None if name.partition(".")[0] in hidden else find_spec(name, *args)
+PathFinder.find_spec = staticmethod(hide)  # some libraries ask an instance of it
 import lrlora_ops
 try:
     import lrlora_ops.kernels.shrink
