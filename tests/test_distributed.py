@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lrlora_ops import Adapters, DynamicRank, LearnedRank, apply_lora, load_adapter
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow  # ten processes that import everything
 
 STEPS, HALF, EXPERTS = 12, 6, 6
 METHODS = {

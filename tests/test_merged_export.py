@@ -147,6 +147,7 @@ print(size, before - started, highest - before)
 """
 
 
+@pytest.mark.slow
 def test_no_second_copy_of_the_model_is_held(tmp_path):
     """The process's own memory grows by less than half of the model meanwhile; a copy would be all of it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
