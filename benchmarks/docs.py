@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks import goals, report, scale
-from benchmarks.floors import H200, Cost, accumulating_cost, base_cost, experts_base_cost, experts_lora_cost, lora_cost
+from benchmarks.floors import H200, Cost, accumulating_cost, base_cost, lora_cost
 from benchmarks.shapes import LONG_SHAPES, mixtral, olmoe, qwen3
 
 FOLDER = Path(__file__).parents[1] / "docs"
@@ -65,7 +65,7 @@ def floors() -> str:
     for make in (olmoe, qwen3, mixtral):
         for tokens in (4096, 8192, 32768):
             layer = make(tokens)
-            base, lora = experts_base_cost(layer), experts_lora_cost(layer, 16)
+            base, lora = base_cost(layer), lora_cost(layer, 16)
             share = f"{lora.floor_ms(H200) / base.floor_ms(H200):.1%}"
             experts.append([layer.model, str(tokens), _milliseconds(base), _milliseconds(lora), share])
     return "\n".join([*markdown(dense), "", *markdown(experts)])

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.shapes import ExpertsShape, Shape
+from benchmarks.shapes import ExpertsShape, ProjectionShape, Shape
+from lrlora_ops import plan
+
+AnyShape = Shape | ExpertsShape | ProjectionShape
 
 
 @dataclass(frozen=True)
@@ -24,55 +27,43 @@ class Machine:
 H200 = Machine("H200", bandwidth=4.3e12, flops=790e12)
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(plan.Cost):
     """Bytes moved to and from device memory, and useful floating-point operations."""
-
-    bytes: int
-    flops: int
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.bytes + other.bytes, self.flops + other.flops)
 
     def floor_ms(self, machine: Machine = H200) -> float:
-        return 1e3 * max(self.bytes / machine.bandwidth, self.flops / machine.flops)
+        return self.milliseconds(machine)
 
 
-def base_cost(shape: Shape, itemsize: int = 2, *, backward: bool = True) -> Cost:
-    """The frozen layer, forward and if asked for dx: each a product that reads two matrices and writes one."""
-    m, k, n = shape.M, shape.K, shape.N
-    products = 2 if backward else 1
-    return Cost(products * itemsize * (m * k + k * n + m * n), products * 2 * m * k * n)
+def base_cost(shape: AnyShape, itemsize: int = 2, *, backward: bool = True) -> Cost:
+    """The frozen layer, see ``Layer.base_cost``."""
+    cost = _layer(shape, itemsize).base_cost(backward)
+    return Cost(cost.bytes, cost.flops)
 
 
-def lora_cost(shape: Shape, rank: int, itemsize: int = 2, adapter_itemsize: int = 2, *, backward: bool = True) -> Cost:
-    """The adapter alone, forward and if asked for backward (dx, dA, dB, c), if every expand rides on a base product.
+def lora_cost(
+    shape: AnyShape, rank: int, itemsize: int = 2, adapter_itemsize: int = 2, *, backward: bool = True
+) -> Cost:
+    """The adapters alone, ``rank`` components per expert and projection, see ``Layer.lora_cost``."""
+    cost = _layer(shape, itemsize).lora_cost(rank, backward, adapter_itemsize)
+    return Cost(cost.bytes, cost.flops)
 
-    x is read twice (U, dA) and dy once (V, dB, c); U and V are written once and read twice; A and B are read twice
-    and their gradients written once. Six products of ``2 r`` FLOPs per element: U, dA, dx over K and y, V, dB over N.
-    Forward alone reads x, A and B once, writes and reads U, and has the products U and y. Rank 0 costs nothing.
-    """
-    m, k, n = shape.M, shape.K, shape.N
-    if rank == 0:
-        return Cost(0, 0)
-    if not backward:
-        return Cost(itemsize * m * (k + 2 * rank) + adapter_itemsize * rank * (k + n), 2 * m * rank * (k + n))
-    activations = itemsize * (2 * m * k + m * n + 6 * m * rank)
-    return Cost(activations + 3 * adapter_itemsize * rank * (k + n), 6 * m * rank * (k + n))
+
+def _layer(shape: AnyShape, itemsize: int) -> plan.Layer:
+    """Rows outside of experts' projections are read and written once per token: they fit the cache."""
+    if isinstance(shape, ExpertsShape):
+        widths = ((shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden))
+        return plan.Layer("", shape.num_experts, widths, shape.T, shape.rows, itemsize, 0)
+    experts, rows = (1, shape.M) if isinstance(shape, Shape) else (shape.num_experts, shape.rows)
+    return plan.Layer("", experts, ((shape.K, shape.N),), rows, rows, itemsize, 0)
 
 
 def accumulating_cost(shape: Shape, rank: int, itemsize: int = 2) -> Cost:
     """The adapter if its expands write y and dx, and the base products add to them: these two writes on top."""
     cost = lora_cost(shape, rank, itemsize, itemsize)
     return Cost(cost.bytes + itemsize * shape.M * (shape.K + shape.N), cost.flops)
-
-
-def experts_base_cost(layer: ExpertsShape, itemsize: int = 2, *, backward: bool = True) -> Cost:
-    """The frozen experts: each of two projections reads all weights once, x per token and its rows, writes its rows."""
-    t, rows, k, n, e = layer.T, layer.rows, layer.hidden, layer.intermediate, layer.num_experts
-    products = 2 if backward else 1
-    weights, activations = e * 3 * k * n, t * k + rows * 3 * n + rows * k
-    return Cost(products * itemsize * (weights + activations), products * 2 * rows * 3 * k * n)
 
 
 def experts_passes_cost(layer: ExpertsShape, itemsize: int = 2, *, backward: bool = True) -> Cost:
@@ -85,24 +76,6 @@ def experts_passes_cost(layer: ExpertsShape, itemsize: int = 2, *, backward: boo
     activation = layer.rows * layer.intermediate
     forward, both = 3 * activation + combination, 8 * activation + 2 * combination
     return Cost(itemsize * (both if backward else forward), 0)
-
-
-def experts_lora_cost(
-    layer: ExpertsShape, rank: int, itemsize: int = 2, adapter_itemsize: int = 2, *, backward: bool = True
-) -> Cost:
-    """The adapters alone, ``rank`` components per expert in both projections, by the rules of ``lora_cost``.
-
-    x and the gradient of the output are read once per token, not once per row: they fit the cache.
-    """
-    t, rows, k, n, e = layer.T, layer.rows, layer.hidden, layer.intermediate, layer.num_experts
-    widths = (k + 2 * n) + (n + k)
-    if rank == 0:
-        return Cost(0, 0)
-    if not backward:
-        activations = itemsize * (t * k + rows * n + 4 * rows * rank)
-        return Cost(activations + adapter_itemsize * e * rank * widths, 2 * rows * rank * widths)
-    activations = itemsize * (2 * t * k + rows * 2 * n + 2 * rows * n + t * k + 12 * rows * rank)
-    return Cost(activations + 3 * adapter_itemsize * e * rank * widths, 6 * rows * rank * widths)
 
 
 def launch_cost(kernel: str, arguments: dict[str, Any]) -> Cost:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from benchmarks import moe_peers, moe_plain, moe_providers
-from benchmarks.floors import Cost, experts_base_cost, experts_lora_cost
+from benchmarks.floors import Cost, base_cost, lora_cost
 from benchmarks.moe_providers import ExpertsOracle, ExpertsProblem
 from benchmarks.providers import FORWARD_BACKWARD, MODES, Provider
 from benchmarks.race import DTYPES
@@ -108,8 +108,8 @@ class Case:
         """What has to be done: the base layer's work for rank 0, else that of the mean rank in every expert."""
         size, backward = self.dtype.itemsize, mode == FORWARD_BACKWARD
         if rank == 0:
-            return experts_base_cost(self.shape, size, backward=backward)
-        return experts_lora_cost(self.shape, self.mean_rank, size, size, backward=backward)
+            return base_cost(self.shape, size, backward=backward)
+        return lora_cost(self.shape, self.mean_rank, size, size, backward=backward)
 
 
 def cases(device: torch.device, quick: bool = False) -> list[Case]:

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.floors import Cost, lora_cost
+from benchmarks.floors import Cost, base_cost, lora_cost
 from benchmarks.providers import FORWARD_BACKWARD, MODES, SCALING, Provider, Unavailable, compare
 from benchmarks.race import DTYPES
-from benchmarks.shapes import ProjectionShape, Shape
+from benchmarks.shapes import ProjectionShape
 from lrlora_ops import RankTable, grouped_lora_linear
 
 
@@ -199,15 +199,11 @@ class Case:
         return lambda builder, _: BUILDERS[builder](problem), Oracle(problem).check
 
     def work(self, rank: int, mode: str) -> Cost:
-        """What has to be done: rows as in a dense layer, and the parameters of all experts."""
-        shape, size, backward = self.shape, self.dtype.itemsize, mode == FORWARD_BACKWARD
+        """What has to be done: the base layer's work for rank 0, else the work of the components alone."""
+        size, backward = self.dtype.itemsize, mode == FORWARD_BACKWARD
         if rank == 0:
-            m, k, n, products = shape.rows, shape.K, shape.N, 2 if backward else 1
-            weights = shape.num_experts * k * n
-            return Cost(products * size * (m * (k + n) + weights), products * 2 * m * k * n)
-        dense = lora_cost(Shape("", "", shape.rows, shape.K, shape.N), rank, size, size, backward=backward)
-        others = (shape.num_experts - 1) * (3 if backward else 1) * size * rank * (shape.K + shape.N)
-        return Cost(dense.bytes + others, dense.flops)
+            return base_cost(self.shape, size, backward=backward)
+        return lora_cost(self.shape, rank, size, size, backward=backward)
 
 
 PEERS = ("PEFT", "split grouped_mm")

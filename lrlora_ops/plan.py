@@ -69,23 +69,28 @@ class Layer:
         """Of the rows' ``u`` in all projections, ``width`` columns each, in the model's dtype."""
         return self.rows * width * len(self.projections) * self.itemsize
 
-    def base_cost(self) -> Cost:
-        """The frozen products, forward and dx: each reads weights and rows, and writes rows."""
-        weights = self.num_experts * sum(k * n for k, n in self.projections)
-        moved = weights + sum(inputs * k + self.rows * n for inputs, _, k, n in self._passes())
-        return Cost(2 * self.itemsize * moved, 4 * self.rows * sum(k * n for k, n in self.projections))
+    def base_cost(self, backward: bool = True) -> Cost:
+        """The frozen products, forward and if asked for dx: each reads weights and rows, and writes rows."""
+        products, sizes = 2 if backward else 1, sum(k * n for k, n in self.projections)
+        moved = self.num_experts * sizes + sum(inputs * k + self.rows * n for inputs, _, k, n in self._passes())
+        return Cost(products * self.itemsize * moved, products * 2 * self.rows * sizes)
 
-    def lora_cost(self, rank: float) -> Cost:
-        """The adapters alone, forward and backward, if every expand rides on a base product.
+    def lora_cost(self, rank: float, backward: bool = True, adapter_itemsize: int = ADAPTER) -> Cost:
+        """The adapters alone, forward and if asked for backward (dx, dA, dB, c), if every expand rides on a base
+        product.
 
-        x is read for U and for dA, dy once, U and V written once and read twice; A and B are read twice, their
-        gradients written once. Six products of ``2 r`` FLOPs per element.
+        x is read for U and for dA, dy once (V, dB, c), U and V written once and read twice; A and B are read twice,
+        their gradients written once. Six products of ``2 r`` FLOPs per element: U, dA, dx over K and y, V, dB over N.
+        Forward alone reads x, A and B once, writes and reads U, and has the products U and y. Rank 0 costs nothing.
         """
         if rank == 0:
             return Cost(0, 0)
-        moved = sum(2 * inputs * k + outputs * n + 6 * self.rows * rank for inputs, outputs, k, n in self._passes())
-        flops = 6 * self.rows * rank * sum(k + n for k, n in self.projections)
-        return Cost(self.itemsize * moved + 3 * ADAPTER * self.parameters(rank), flops)
+        uses = 3 if backward else 1  # of A and B, and pairs of products
+        moved = uses * 2 * self.rows * rank * len(self.projections)
+        for inputs, outputs, k, n in self._passes():
+            moved += 2 * inputs * k + outputs * n if backward else inputs * k
+        flops = uses * 2 * self.rows * rank * sum(k + n for k, n in self.projections)
+        return Cost(self.itemsize * moved + uses * adapter_itemsize * self.parameters(rank), flops)
 
     def peft_cost(self, rank: float) -> Cost:
         """The least that PEFT moves on top of ``lora_cost``, for it is made of PyTorch's operations.

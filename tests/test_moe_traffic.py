@@ -8,7 +8,7 @@ from itertools import chain
 import pytest
 import torch
 
-from benchmarks.floors import experts_base_cost, experts_lora_cost, experts_passes_cost
+from benchmarks.floors import base_cost, experts_passes_cost, lora_cost
 from benchmarks.moe_providers import ROUTINGS
 from benchmarks.shapes import ExpertsShape, mixtral, olmoe, qwen3
 from benchmarks.static_report.launches import layer_launches
@@ -27,7 +27,7 @@ def test_bytes_are_near_the_floor(model, tokens, rank):
     passes: Counter[str] = Counter()
     for launched in forward + backward:
         passes[launched.kernel] += launched.cost.bytes
-    products = experts_base_cost(layer) + experts_lora_cost(layer, rank)
+    products = base_cost(layer) + lora_cost(layer, rank)
     least = products + experts_passes_cost(layer)
     assert least.bytes <= passes.total() <= 1.15 * least.bytes, passes
     assert passes.total() <= (1.5 if tokens <= 8192 else 1.75) * products.bytes, passes

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.floors import base_cost, experts_base_cost, experts_lora_cost, lora_cost
+from benchmarks.floors import base_cost, lora_cost
 from benchmarks.memory import saved_bytes
-from benchmarks.shapes import ExpertsShape, Shape
+from benchmarks.shapes import ExpertsShape, ProjectionShape, Shape
 from lrlora_ops import DynamicRank, FixedRank, LearnedRank, apply_lora
 from lrlora_ops._targets import find_targets
 from lrlora_ops.plan import Cost, Gpu, Held, Layer, largest_rank, learning, owned, peft
@@ -96,17 +96,50 @@ def test_experts_by_hand():
     assert peft([MIXTURE], 16, 64).saved == 2 * (64 * 3 * 2048 * 1024 + 4096 * 3072 + 64 * 16 * 7168)
 
 
+def assert_costs(found: Cost, moved: int, flops: int) -> None:
+    assert (found.bytes, found.flops) == (moved, flops)
+
+
+@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("rank", [0, 1, 16])
-def test_floors_are_those_of_the_benchmarks(rank):
-    dense = Shape("8B", "k_proj", 8192, 4096, 1024)
-    experts = ExpertsShape("OLMoE", 512, 64, 8, 2048, 1024)
-    for ours, theirs in (
-        (LAYER.base_cost(), base_cost(dense)),
-        (LAYER.lora_cost(rank), lora_cost(dense, rank, adapter_itemsize=4)),
-        (MIXTURE.base_cost(), experts_base_cost(experts)),
-        (MIXTURE.lora_cost(rank), experts_lora_cost(experts, rank, adapter_itemsize=4)),
-    ):
-        assert (ours.bytes, ours.flops) == (theirs.bytes, theirs.flops)
+def test_floors_of_a_linear_layer_by_hand(rank, backward):
+    m, k, n = 8192, 4096, 1024
+    products = 2 if backward else 1
+    base = (products * 2 * (m * k + k * n + m * n), products * 2 * m * k * n)
+    moved = 2 * m * k + m * n + 6 * m * rank if backward else m * k + 2 * m * rank
+    lora = [2 * moved, 3 * 2 * m * rank * (k + n) if backward else 2 * m * rank * (k + n)]
+    uses = 3 if backward else 1
+    shape = Shape("8B", "k_proj", m, k, n)
+    assert_costs(LAYER.base_cost(backward), *base)
+    assert_costs(base_cost(shape, backward=backward), *base)
+    for adapter in (2, 4):
+        expected = (lora[0] + uses * adapter * rank * (k + n), lora[1]) if rank else (0, 0)
+        assert_costs(LAYER.lora_cost(rank, backward, adapter), *expected)
+        assert_costs(lora_cost(shape, rank, adapter_itemsize=adapter, backward=backward), *expected)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 16])
+def test_floors_of_experts_by_hand(rank, backward):
+    t, rows, k, n, e = 512, 4096, 2048, 1024, 64
+    products, uses, widths = 2 if backward else 1, 3 if backward else 1, (k + 2 * n) + (n + k)
+    base = (products * 2 * (e * 3 * k * n + t * k + rows * 3 * n + rows * k), products * 2 * rows * 3 * k * n)
+    moved = 3 * t * k + rows * 4 * n + 12 * rows * rank if backward else t * k + rows * n + 4 * rows * rank
+    shape = ExpertsShape("OLMoE", t, e, 8, k, n)
+    assert_costs(MIXTURE.base_cost(backward), *base)
+    assert_costs(base_cost(shape, backward=backward), *base)
+    for adapter in (2, 4):
+        expected = (2 * moved + uses * adapter * e * rank * widths, uses * 2 * rows * rank * widths)
+        assert_costs(MIXTURE.lora_cost(rank, backward, adapter), *(expected if rank else (0, 0)))
+        found = lora_cost(shape, rank, adapter_itemsize=adapter, backward=backward)
+        assert_costs(found, *(expected if rank else (0, 0)))
+
+
+def test_floors_of_one_projection_of_experts_by_hand():
+    shape = ProjectionShape(40, 4, 24, 16)
+    assert_costs(base_cost(shape), 2 * 2 * (40 * (24 + 16) + 4 * 24 * 16), 2 * 2 * 40 * 24 * 16)
+    moved = 2 * (2 * 40 * 24 + 40 * 16 + 6 * 40 * 8) + 3 * 2 * 4 * 8 * (24 + 16)
+    assert_costs(lora_cost(shape, 8), moved, 6 * 40 * 8 * (24 + 16))
 
 
 def test_what_peft_moves_on_top_by_hand():
