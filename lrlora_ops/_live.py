@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SEGMENT = 16
@@ -61,15 +62,20 @@ class Work:
     @property
     def num_rows(self) -> int:
         """Rows that have an expert."""
-        return len(self.row_expert)
+        return self.row_expert.shape[0]
 
     @property
     def ranked(self) -> list[Expert]:
         return [expert for expert in self.experts if expert.rank]
 
+    @property
+    def all_live(self) -> bool:
+        """Whether no segment has a dead slot."""
+        return self.live.shape == self.slot.shape
+
     def rows(self, x: Tensor) -> tuple[Tensor, ...]:
         """The rows of each expert, for x ``[L, ...]``."""
-        return x[: self.num_rows].split(self.counts)
+        return torch.split_with_sizes(x[: self.num_rows], self.counts)
 
     def columns(self, u: Tensor) -> list[list[Tensor]]:
         """By expert, ``[rows, slots]`` for each of its segments, for u ``[L, max_rank]``."""
@@ -83,15 +89,28 @@ class Work:
         """int64 ``[S]``: the pool row of each slot; a dense layer owns its pool in order."""
         return self.slot if components is None else components[self.owner, self.slot].long()
 
-    def live_index(self, components: Tensor | None) -> tuple[Tensor, ...]:
-        """int64 ``[rank]``: the pool rows of the live components of each ranked expert."""
-        return self.pool_index(components)[self.live].split([expert.rank for expert in self.ranked])
+    def lie_together(self, components: Tensor | None) -> bool:
+        """Whether the slots are the pool's first rows, in order."""
+        return components is None and self.all_live
+
+    def of_slots(self, pool: Tensor, components: Tensor | None) -> Tensor:
+        """``[S, ...]``: the pool row of each slot, a view of the pool if they lie together."""
+        if self.lie_together(components):
+            return pool[: self.slot.shape[0]]
+        return pool.index_select(0, self.pool_index(components))
+
+    def live_index(self, components: Tensor | None) -> Tensor:
+        """int64 ``[sum of ranks]``: the pool rows of the live components, by expert."""
+        index = self.pool_index(components)
+        return index if self.all_live else index[self.live]
 
     def by_row(self, factors: Tensor) -> Tensor:
-        """``[L, max_rank]`` (``[1, max_rank]`` for one expert): the ``factors`` ``[S]`` of each row's slots, else 0."""
+        """``[L, max_rank]`` (``[max_rank]`` for one expert): the ``factors`` ``[S]`` of each row's slots, else 0."""
+        if len(self.counts) == 1:
+            return F.pad(factors, (0, self.max_rank - factors.shape[0]))
         of_expert = factors.new_zeros(len(self.counts), self.max_rank)
         of_expert[self.owner, self.position] = factors
-        return of_expert if len(self.counts) == 1 else of_expert[self.row_expert]
+        return of_expert[self.row_expert]
 
 
 def find_work(ranks: Tensor, max_rank: int, group_offsets: Tensor | None, num_rows: int) -> Work:

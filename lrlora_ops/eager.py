@@ -36,10 +36,12 @@ def widens(x: Tensor) -> bool:
     return _compute_dtype(x) != x.dtype
 
 
-def _blocks(compute: torch.dtype, x_rows: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """x_rows in ``compute`` and the same rows of the others: all at once, unless many have to be widened."""
+def _blocks(
+    compute: torch.dtype, x_rows: Tensor, *others: Tensor, reused: bool = False
+) -> Iterator[tuple[Tensor, ...]]:
+    """x_rows in ``compute`` and the same rows of the others: all at once, unless many are to be widened or reused."""
     size = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(x_rows.shape[1], 1)) * torch.get_num_threads()
-    if compute == x_rows.dtype or len(x_rows) <= size:
+    if (compute == x_rows.dtype and not reused) or x_rows.shape[0] <= size:
         yield x_rows.to(compute), *others
         return
     for block, *parts in zip(*(rows.split(size) for rows in (x_rows, *others)), strict=True):
@@ -59,14 +61,17 @@ class _Rows:
 
 
 class _Pool:
-    """The pool rows of each expert's segments, gathered when they are asked for."""
+    """The pool rows of each expert's segments, gathered when they are asked for, unless they lie together."""
 
     def __init__(self, pool: Tensor, work: Work, components: Tensor | None, compute: torch.dtype) -> None:
-        self.pool, self.compute = pool, compute
-        self.index = work.pool_index(components).split(work.widths)
+        self.pool, self.compute, self.gathers = pool, compute, not work.lie_together(components)
+        rows = work.pool_index(components) if self.gathers else work.of_slots(pool, components)
+        self.parts = torch.split_with_sizes(rows, work.widths)
 
     def __getitem__(self, expert: Expert) -> list[Tensor]:
-        segments = [self.pool.index_select(0, self.index[piece]) for piece in expert.pieces]
+        segments = [self.parts[piece] for piece in expert.pieces]
+        if self.gathers:
+            segments = [self.pool.index_select(0, index) for index in segments]
         return segments if self.pool.dtype == self.compute else [rows.to(self.compute) for rows in segments]
 
 
@@ -74,7 +79,7 @@ def _gated(
     u: Tensor, gate: Tensor | None, scaling: float, work: Work, components: Tensor | None, compute: torch.dtype
 ) -> Tensor:
     """``scaling * gate * u`` in ``compute`` for the rows that have an expert."""
-    factors = scaling if gate is None else work.by_row(gate[work.pool_index(components)] * scaling)
+    factors = scaling if gate is None else work.by_row(work.of_slots(gate, components) * scaling)
     return (u[: work.num_rows].to(_sum_dtype(u)) * factors).to(compute)
 
 
@@ -107,8 +112,9 @@ def _shrink_rows(pieces: list[Tensor], x_rows: Tensor, segments: list[Tensor]) -
 
 def _without_dead(u: Tensor, work: Work) -> Tensor:
     """u, made zero in the dead slots of segments."""
-    is_live = work.by_row(work.position == work.slot)
-    u[: work.num_rows].masked_fill_(~is_live, 0)
+    if not work.all_live:
+        is_live = work.by_row(work.position == work.slot)
+        u[: work.num_rows].masked_fill_(~is_live, 0)
     return u
 
 
@@ -135,7 +141,7 @@ def expand(
     out = u.new_empty(u.shape[0], b.shape[1]) if base is None else base.clone(memory_format=torch.contiguous_format)
     compute, work = _compute_dtype(out), find_work(ranks, u.shape[1], group_offsets, u.shape[0])
     gated, pool = _gated(u, gate, scaling, work, components, compute), _Pool(b, work, components, compute)
-    out[work.num_rows :] = 0
+    out[work.num_rows :].zero_()
     _expand_rows(out, gated, pool, work, is_set=base is not None)
     return out
 
@@ -180,14 +186,24 @@ def gram(
 ) -> Tensor:
     """``d[comp(e, j)] = scaling * gate_j * sum_{i in e} u[i, j] y[i]``; ``[pool_size, N]`` in ``dtype``, 0 if dead."""
     compute, work = _compute_dtype(y), find_work(ranks, u.shape[1], group_offsets, u.shape[0])
-    d, index = y.new_zeros(pool_size, y.shape[1], dtype=dtype), work.live_index(components)
+    d = y.new_zeros(pool_size, y.shape[1], dtype=dtype)
     rows, left = _Rows(y, work, row_index), work.rows(_gated(u, gate, scaling, work, components, compute))
+    for expert, total in _totals(d, work, components, compute):
+        for y_rows, u_rows in _blocks(compute, rows[expert], left[expert.index][:, : expert.rank], reused=True):
+            total.addmm_(u_rows.t(), y_rows)
+    return d
+
+
+def _totals(d: Tensor, work: Work, components: Tensor | None, compute: torch.dtype) -> Iterator[tuple[Expert, Tensor]]:
+    """Each ranked expert with zeros ``[rank, N]`` to sum its rows of d in; they are in d once the next is asked for."""
+    if work.lie_together(components) and d.dtype == compute:
+        yield from ((expert, d[: expert.rank]) for expert in work.ranked)
+        return
+    index = torch.split_with_sizes(work.live_index(components), [expert.rank for expert in work.ranked])
     for expert, own in zip(work.ranked, index, strict=True):
         total = d.new_zeros(expert.rank, d.shape[1], dtype=compute)
-        for y_rows, u_rows in _blocks(compute, rows[expert], left[expert.index][:, : expert.rank]):
-            total.addmm_(u_rows.t(), y_rows)
-        d.index_copy_(0, own, total.to(dtype))
-    return d
+        yield expert, total
+        d.index_copy_(0, own, total.to(d.dtype))
 
 
 @gram.register_fake
@@ -212,28 +228,25 @@ def shrink_gram(
     ``row_index`` gathers rows of dy. c is ``[R]`` in fp32 (fp64 for fp64 inputs).
     """
     compute, work = _compute_dtype(dy), find_work(ranks, u.shape[1], group_offsets, u.shape[0])
-    v, d_b, index = dy.new_zeros(u.shape, dtype=compute), b.new_zeros(b.shape), work.live_index(components)
+    v, d_b = dy.new_zeros(u.shape, dtype=compute), b.new_zeros(b.shape)
     rows, pool, columns = _Rows(dy, work, row_index), _Pool(b, work, components, compute), work.columns(v)
     left = work.rows(_gated(u, gate, scaling, work, components, compute))
-    for expert, own in zip(work.ranked, index, strict=True):
-        total, segments = d_b.new_zeros(expert.rank, d_b.shape[1], dtype=compute), pool[expert]
+    for expert, total in _totals(d_b, work, components, compute):
+        segments = pool[expert]
         operands = (rows[expert], left[expert.index][:, : expert.rank], *columns[expert.index])
-        for dy_rows, u_rows, *pieces in _blocks(compute, *operands):
+        for dy_rows, u_rows, *pieces in _blocks(compute, *operands, reused=True):
             _shrink_rows(pieces, dy_rows, segments)
             total.addmm_(u_rows.t(), dy_rows)
-        d_b.index_copy_(0, own, total.to(b.dtype))
     v = _without_dead(v, work).to(dy.dtype)
-    return v, d_b, _sensitivity(u, v, scaling, work, index, b.shape[0])
+    return v, d_b, _sensitivity(u, v, scaling, work, components, b.shape[0])
 
 
-def _sensitivity(u: Tensor, v: Tensor, scaling: float, work: Work, index: tuple[Tensor, ...], pool_size: int) -> Tensor:
+def _sensitivity(u: Tensor, v: Tensor, scaling: float, work: Work, components: Tensor | None, pool_size: int) -> Tensor:
     """``c[comp(e, j)] = scaling * sum_{i in e} u[i, j] v[i, j]``, ``[pool_size]``."""
     dtype = _sum_dtype(v)
-    c, products = torch.zeros(pool_size, dtype=dtype, device=v.device), work.rows(u.to(dtype) * v.to(dtype))
-    if index:
-        sums = [products[expert.index].sum(0)[: expert.rank] for expert in work.ranked]
-        c[torch.cat(index)] = scaling * torch.cat(sums)
-    return c
+    c, products = v.new_zeros(pool_size, dtype=dtype), work.rows(u.to(dtype) * v.to(dtype))
+    sums = [products[expert.index].sum(0)[: expert.rank] for expert in work.ranked]
+    return c.index_copy_(0, work.live_index(components), scaling * torch.cat(sums)) if sums else c
 
 
 @shrink_gram.register_fake
@@ -273,7 +286,7 @@ def grouped_gemm(
     gated, pool = _gated(u, gate, scaling, work, components, compute), _Pool(b, work, components, compute)
     biases = [None] * len(matrices) if bias is None else bias.unbind()
     y = x.new_empty(num_rows, matrices[0].shape[1])
-    y[work.num_rows :] = 0
+    y[work.num_rows :].zero_()
     rows, y_rows = _Rows(x, work, row_index), work.rows(y)
     if compute == x.dtype:
         _expand_rows(y, gated, pool, work, is_set=False)
