@@ -21,33 +21,9 @@ from torch import Tensor, nn
 
 from benchmarks.shapes import ExpertsShape, olmoe, qwen3
 from lrlora_ops import DynamicRank, apply_lora
+from lrlora_ops._storage import saved_bytes
 
 TOKENS, MEAN_RANK, MAX_RANK = 4096, 16, 64
-
-
-def saved_bytes(forward: Callable[[], object], resident: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps from the forward pass to the backward pass, each storage once.
-
-    Args:
-        forward: Runs the forward pass with gradients enabled.
-        resident: Tensors that do not count, parameters and the like. An activation, x say, counts.
-    """
-    known = {_storage(tensor) for tensor in resident}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    del result  # only now may a saved tensor's memory be used again
-    return sum(size for storage, size in storages.items() if storage not in known)
-
-
-def _storage(tensor: Tensor) -> int:
-    """What tensors that share their memory have in common; on the meta device there are no addresses."""
-    return tensor.untyped_storage()._cdata
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.floors import Cost, Machine
-from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.memory import peak_bytes
 from benchmarks.providers import FORWARD, FORWARD_BACKWARD, Provider, Unavailable
 from benchmarks.timers import Profiled, Timer, timer_for
 from benchmarks.timing import Spread, differences, interleave
+from lrlora_ops import _storage
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Of the rounds of a mode; a training step takes about twice as long as inference, and matters more.
@@ -258,7 +259,7 @@ def _sample(
 def held_bytes(provider: Provider) -> int:
     """What a provider's layer and its input hold between steps, each storage once."""
     tensors = [provider.problem.x, *provider.resident()]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return _storage.held_bytes(tensors)
 
 
 def ratio(value: float, unit: float | None) -> float | None:
@@ -272,4 +273,4 @@ def _milliseconds(seconds: list[float]) -> Spread:
 
 def _saved_mb(provider: Provider) -> float:
     provider.step(FORWARD_BACKWARD)
-    return saved_bytes(lambda: provider.layer(provider.problem.x), provider.resident()) / 1e6
+    return _storage.saved_bytes(lambda: provider.layer(provider.problem.x), provider.resident()) / 1e6

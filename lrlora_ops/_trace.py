@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrlora_ops._storage import held_bytes, saved_bytes, storage_of
 from lrlora_ops.modules._interface import expert_features, expert_projections, is_experts
 from lrlora_ops.plan import Layer
 
@@ -49,17 +50,13 @@ def trace(model: Any, targets: Mapping[str, nn.Module], tokens: int) -> Trace:
     handles = [module.register_forward_pre_hook(_note(calls, name)) for name, module in targets.items()]
     embeddings = model.get_input_embeddings().weight
     x = torch.empty(1, tokens, embeddings.shape[1], dtype=embeddings.dtype, device="meta", requires_grad=True)
-    resident = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not _is_attention(tensor, tokens):
-            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
+    outputs: list[Any] = []
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(inputs_embeds=x)
+        saved = saved_bytes(
+            lambda: outputs.append(model(inputs_embeds=x)),
+            [*model.parameters(), *model.buffers()],
+            leave_out=lambda tensor: _is_attention(tensor, tokens),
+        )
     finally:
         for handle in handles:
             handle.remove()
@@ -68,12 +65,10 @@ def trace(model: Any, targets: Mapping[str, nn.Module], tokens: int) -> Trace:
     sources: dict[int, int] = {}
     layers = []
     for name, args in calls.items():
-        source = sources.setdefault(_storage(args[0]), len(sources))
+        source = sources.setdefault(storage_of(args[0]), len(sources))
         layers.append(_layer(name, targets[name], args, source))
-    weights = {_storage(p): p.untyped_storage().nbytes() for p in model.parameters()}
-    logits = output[0].numel() * (output[0].element_size() + 8)
-    saved = sum(size for storage, size in kept.items() if storage not in resident)
-    return Trace(tuple(layers), sum(weights.values()), saved, logits)
+    logits = outputs[0][0].numel() * (outputs[0][0].element_size() + 8)
+    return Trace(tuple(layers), held_bytes(model.parameters()), saved, logits)
 
 
 def _note(calls: dict[str, tuple[Any, ...]], name: str) -> Any:
@@ -92,11 +87,6 @@ def _layer(name: str, module: Any, args: tuple[Any, ...], source: int) -> Layer:
         return Layer(name, weight.shape[0], features, x.shape[0], args[1].numel(), x.element_size(), source)
     rows = math.prod(x.shape[:-1])
     return Layer(name, 1, ((module.in_features, module.out_features),), rows, rows, x.element_size(), source)
-
-
-def _storage(tensor: Tensor) -> int:
-    """On the meta device there are no addresses."""
-    return tensor.untyped_storage()._cdata
 
 
 def _is_attention(tensor: Tensor, tokens: int) -> bool:

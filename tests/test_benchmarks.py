@@ -16,12 +16,13 @@ pytest.importorskip("peft", reason="needs peft, as the benchmarks do")
 
 from benchmarks import dense, moe, projection, race
 from benchmarks.floors import Machine, base_cost, lora_cost
-from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.memory import peak_bytes
 from benchmarks.providers import BUILDERS, FORWARD_BACKWARD, MODES, Oracle, Problem, Unavailable
 from benchmarks.shapes import Shape
 from benchmarks.timers import Called
 from benchmarks.timing import ROUNDS, Spread, differences, interleave
 from benchmarks.warm import all_cases
+from lrlora_ops._storage import saved_bytes
 
 ROOT = Path(__file__).parents[1]
 # pytest-benchmark turns itself off in a worker of pytest-xdist, and knows one by its environment.

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from benchmarks.floors import base_cost, lora_cost
-from benchmarks.memory import saved_bytes
 from benchmarks.shapes import ExpertsShape, ProjectionShape, Shape
 from lrlora_ops import DynamicRank, FixedRank, LearnedRank, apply_lora
+from lrlora_ops._storage import saved_bytes
 from lrlora_ops._targets import find_targets
 from lrlora_ops.plan import Cost, Gpu, Held, Layer, largest_rank, learning, owned, peft
 
