@@ -4,6 +4,8 @@ import io
 import math
 import re
 from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from lrlora_ops import Adapters, FixedRank
 from lrlora_ops.cli import app
+from lrlora_ops.finetune import demo as demo_module
 from lrlora_ops.finetune.arm import Arm, ArmPlan, Texts
 from lrlora_ops.finetune.checks import growth_keeps_output, print_checks, same_budget
 from lrlora_ops.finetune.controls import on_wrong_experts
@@ -20,6 +23,7 @@ from lrlora_ops.finetune.demo import DemoSettings, check, fine_tune, run_demo
 from lrlora_ops.finetune.errors import CheckFailed
 from lrlora_ops.finetune.experiments import dense, growing_ranks, mixture_of_experts
 from lrlora_ops.finetune.pretrained import load_pretrained
+from lrlora_ops.finetune.speed import seconds_per_step
 from lrlora_ops.finetune.tokens import encode
 from lrlora_ops.finetune.trainer import Recipe
 from tests._cli import TEXT, assert_one_line, forget, llama, qwen3_moe
@@ -38,7 +42,8 @@ def run(experiment, output):
     """What a short demo prints; it raises if a check fails."""
     threads = torch.get_num_threads()
     console = Console(record=True, width=120, file=io.StringIO())
-    run_demo(tiny(experiment), DemoSettings(output=output, **SHORT), console)
+    with patch.object(demo_module, "seconds_per_step", partial(seconds_per_step, steps=1)):
+        run_demo(tiny(experiment), DemoSettings(output=output, **SHORT), console)
     torch.set_num_threads(threads)
     return console.export_text()
 
