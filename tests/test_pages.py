@@ -72,6 +72,19 @@ def each_loop_trains(scope: Scope) -> None:
     assert len({int(rank) for ranks in adapters.ranks().values() for rank in ranks.flatten()}) > 1
 
 
+def budgets_are_spent(scope: Scope) -> None:
+    """Once the ranks are final they sum to what the methods say."""
+    for policy in scope["adapters"].policies if "adapters" in scope else ():
+        if policy.frozen and hasattr(policy, "tables"):
+            assert sum(int(table.ranks.sum()) for table in policy.tables.values()) == policy.budget
+
+
+def updates_are_seen(scope: Scope) -> None:
+    """Or the page would compare base models."""
+    plain, trained = scope["base"]()(scope["tokens"]).logits, scope["trained"]
+    assert (plain - trained).norm() > 0.1 * trained.norm()
+
+
 # What a page takes for granted; a page of fragments gets it anew for each block.
 GIVEN: dict[str, Callable[[], Scope]] = {
     "README": readme,
@@ -81,7 +94,11 @@ GIVEN: dict[str, Callable[[], Scope]] = {
 }
 FRAGMENTS = {"README", "methods"}
 # What shall hold after each block of a page.
-HOLDS: dict[str, Callable[[Scope], None]] = {"training": each_loop_trains}
+HOLDS: dict[str, Callable[[Scope], None]] = {
+    "training": each_loop_trains,
+    "formats": updates_are_seen,
+    **dict.fromkeys(("index", "custom-model", "moe"), budgets_are_spent),
+}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and not commands(page)])
