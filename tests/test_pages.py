@@ -93,6 +93,7 @@ GIVEN: dict[str, Callable[[], Scope]] = {
     "training": training,
 }
 FRAGMENTS = {"README", "methods"}
+RUN_BY_COMMANDS = {"distributed", "extending"}
 # What shall hold after each block of a page.
 HOLDS: dict[str, Callable[[Scope], None]] = {
     "training": each_loop_trains,
@@ -101,7 +102,7 @@ HOLDS: dict[str, Callable[[Scope], None]] = {
 }
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and not commands(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in RUN_BY_COMMANDS])
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = GIVEN.get(page, dict)
@@ -111,6 +112,11 @@ def test_code_runs(page, tmp_path, monkeypatch):
             scope = given()
         block.run(scope)
         HOLDS.get(page, lambda scope: None)(scope)
+
+
+def test_commands_are_run():
+    """A console block is something that a test runs; what only shows a command is text."""
+    assert {page for page in PAGES if commands(page)} == RUN_BY_COMMANDS
 
 
 def test_servers_page_has_every_family():
