@@ -25,6 +25,10 @@ lint: $(VENV)/.installed-dev  ## Check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-docs  ## Build the documentation site into site/; a link that leads nowhere is an error
+	@test -x $(BIN)/zensical || { echo "make docs needs Python 3.11 or later; $(VENV) has an older one" >&2; exit 1; }
+	$(BIN)/zensical build --clean --strict $(ARGS)
+
 bench: $(VENV)/.installed-bench  ## Time this library beside its peers
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
 
@@ -58,4 +62,4 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-.PHONY: help demo test lint bench static gpu
+.PHONY: help demo test lint docs bench static gpu

@@ -2,8 +2,11 @@
 
 The frozen base product of experts, whose accumulator starts from the low-rank product: y is written once, and read
 never. Compute-bound from about a hundred rows per expert on. Column tiles of a few row tiles run side by side, so that
-x and the expert's weight come from the L2. Rows are gathered by pointer, and no copy of x is permuted.
+x and the expert's weight come from the L2. Rows are gathered by pointer, and no copy of x is permuted. A variant that
+changes what is stored is an epilogue of the same kernel (``launch_gemm``).
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -57,6 +60,8 @@ def grouped_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    operand_ptr=None,  # what EPILOGUE reads
+    EPILOGUE: tl.constexpr = None,
 ):
     """One tile of BLOCK_M rows of one expert by BLOCK_N columns. Grid: (row tiles * column tiles,).
 
@@ -115,14 +120,15 @@ def grouped_gemm_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert.to(tl.int64) * out_features + offs_n, mask=mask_n, other=0.0)
         acc += tl.where(mask_m[:, None], bias[None, :], 0.0)
+    if EPILOGUE is not None:
+        acc = tl.where(mask_m[:, None], EPILOGUE(acc, operand_ptr, offs_m, mask_m, offs_n, mask_n), 0.0)
 
     offs = offs_m.to(tl.int64)[:, None] * out_features + offs_n[None, :]
     mask = (offs_m < end_of_stores)[:, None] & mask_n[None, :]
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("lrlora_triton::grouped_gemm", mutates_args=())
-def grouped_gemm(
+def launch_gemm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -135,12 +141,14 @@ def grouped_gemm(
     scaling: float = 1.0,
     gate: Tensor | None = None,
     components: Tensor | None = None,
+    epilogue: Any = None,
+    operand: Tensor | None = None,
 ) -> Tensor:
-    """y ``[L, N]`` in x's dtype, for x ``[M, K]``, bias ``[E, N]`` and weight ``[E, N, K]`` (``[E, K, N]`` transposed).
+    """``grouped_gemm``, or a variant of it: what ``epilogue`` makes of each fp32 tile is rounded and stored.
 
-    ``group_offsets`` int32 ``[E + 1]`` says which rows are whose; without it E is 1. ``row_index`` ``[L]`` gathers
-    rows of x; without it L is M. With u ``[L, WIDTH]`` come b ``[R, N]`` and ranks ``[E]``, and the expansion of u is
-    added as ``expand`` computes it. Rows that belong to no expert are zero.
+    The epilogue is a ``triton.jit`` function ``(acc, operand_ptr, offs_m, mask_m, offs_n, mask_n) -> acc``. It gets a
+    tile ``[BLOCK_M, BLOCK_N]`` of y, a pointer to ``operand``, and which rows and columns of y these are. Rows that
+    belong to no expert are zero whatever it returns for them.
     """
     x = row_major(x)
     weight = weight if transposed else weight.transpose(1, 2)
@@ -186,9 +194,35 @@ def grouped_gemm(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_r,
         BLOCK_R=_BLOCK_R,
+        operand_ptr=operand,
+        EPILOGUE=epilogue,
         **tile.launch_options(),
     )
     return y
+
+
+@torch.library.custom_op("lrlora_triton::grouped_gemm", mutates_args=())
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+    group_offsets: Tensor | None = None,
+    row_index: Tensor | None = None,
+    u: Tensor | None = None,
+    b: Tensor | None = None,
+    ranks: Tensor | None = None,
+    scaling: float = 1.0,
+    gate: Tensor | None = None,
+    components: Tensor | None = None,
+) -> Tensor:
+    """y ``[L, N]`` in x's dtype, for x ``[M, K]``, bias ``[E, N]`` and weight ``[E, N, K]`` (``[E, K, N]`` transposed).
+
+    ``group_offsets`` int32 ``[E + 1]`` says which rows are whose; without it E is 1. ``row_index`` ``[L]`` gathers
+    rows of x; without it L is M. With u ``[L, WIDTH]`` come b ``[R, N]`` and ranks ``[E]``, and the expansion of u is
+    added as ``expand`` computes it. Rows that belong to no expert are zero.
+    """
+    return launch_gemm(x, weight, bias, transposed, group_offsets, row_index, u, b, ranks, scaling, gate, components)
 
 
 @grouped_gemm.register_fake

@@ -23,6 +23,7 @@ from lrlora_ops.methods import Method, Policy
 from lrlora_ops.modules import VariableRankLoRALinear
 from lrlora_ops.modules._adapter import ComponentPool, RankAdapter, replace_module, unique_tables
 from lrlora_ops.modules._interface import CHILD
+from lrlora_ops.rank_table import RankTable
 
 
 class Adapters:
@@ -31,7 +32,14 @@ class Adapters:
     Attributes:
         model: The adapted model.
         modules: The adapters by name.
+        tables: Their rank tables, each once, by the name of the first adapter that uses it.
+        policies: What moves the ranks, one for each method.
     """
+
+    model: nn.Module
+    modules: dict[str, RankAdapter]
+    tables: dict[str, RankTable]
+    policies: list[Policy]
 
     def __init__(
         self,
@@ -42,7 +50,7 @@ class Adapters:
         self.model, self.modules = model, dict(modules)
         self.tables = unique_tables(self.modules)
         self.methods = [(method, list(names)) for method, names in methods]
-        self.policies: list[Policy] = [
+        self.policies = [
             method.policy(unique_tables({name: self.modules[name] for name in names})) for method, names in self.methods
         ]
         self._first_steps = FirstSteps(self)
@@ -74,6 +82,10 @@ class Adapters:
                 scale of this step. The statistics are divided by it.
             skipped: Whether a GradScaler skipped the optimizer's step, whose gradients overflowed. The statistics
                 are dropped then, the ranks stay, and the step does not count.
+
+        Raises:
+            RuntimeError: A method does not know the length of the run.
+            ValueError: A method lacks the loss, or the run is too short for it.
         """
         self._first_steps.on_step()
         if not skipped:

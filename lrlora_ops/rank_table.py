@@ -43,6 +43,9 @@ class RankTable(nn.Module):
 
     components: Tensor
     ranks: Tensor
+    train_ranks: Tensor
+    gate: Tensor
+    demand: Tensor
 
     def __init__(
         self,
@@ -91,7 +94,16 @@ class RankTable(nn.Module):
     ) -> RankTable:
         """A table in which every expert has ``rank`` components.
 
-        ``max_rank`` defaults to ``rank``, ``pool_size`` to ``num_experts * max_rank``.
+        Args:
+            num_experts: E.
+            rank: Of every expert.
+            max_rank: The most that one expert may own; default ``rank``.
+            pool_size: R; default ``num_experts * max_rank``.
+            device: Where the tensors live.
+            num_projections: P.
+
+        Raises:
+            ValueError: A size is out of range, or the pool holds less than ``num_experts * rank`` components.
         """
         max_rank = rank if max_rank is None else max_rank
         pool_size = num_experts * max_rank if pool_size is None else pool_size
@@ -102,8 +114,10 @@ class RankTable(nn.Module):
     def set_ranks(self, ranks: Sequence[int] | Tensor) -> Tensor:
         """Give every expert a new rank; experts keep the rows they have and grow by free ones.
 
+        Reads the table on the host; ``update`` does not.
+
         Args:
-            ranks: E integers.
+            ranks: E integers from 0 to ``max_rank``, with a sum within the pool.
 
         Returns:
             int64 tensor on the table's device: the pool rows that became live. A caller that wants the
@@ -113,8 +127,6 @@ class RankTable(nn.Module):
             ValueError: A rank is negative or above ``max_rank``, there are not E of them, or the pool is too
                 small. The table is unchanged then.
             TypeError: A rank is not an integer.
-
-        Reads the table on the host; ``update`` does not.
         """
         return self.update(self.checked(ranks)).nonzero().flatten()
 
@@ -156,7 +168,7 @@ class RankTable(nn.Module):
         return self.components[expert, : int(self.ranks[expert])].long()
 
     def checked(self, ranks: Sequence[int] | Tensor) -> Tensor:
-        """int32 ``[E]`` on the table's device: ranks that it can have. Raises as ``set_ranks`` does."""
+        """int32 ``[E]`` on the table's device: these ranks, if it can have them. Raises as ``set_ranks`` does."""
         wanted = [index(rank) for rank in ranks]
         if len(wanted) != self.num_experts:
             raise ValueError(f"ranks has {len(wanted)} entries; it must have one per expert, {self.num_experts}")
@@ -176,6 +188,9 @@ class RankTable(nn.Module):
     def resize(self, max_rank: int) -> None:
         """Let every expert of a reserved table own ``max_rank`` rows; ranks stay, statistics are dropped.
 
+        Args:
+            max_rank: At least the largest rank.
+
         Raises:
             ValueError: The table shares a pool, or ``max_rank`` is below a rank; nothing is changed then.
         """
@@ -189,7 +204,7 @@ class RankTable(nn.Module):
         """Own the live components alone, expert by expert; statistics are dropped. Reads the ranks on the host.
 
         Returns:
-            int64: the old pool rows in the order of the new ones.
+            The old pool rows in the order of the new ones, int64.
         """
         ranks = self.ranks.tolist()
         rows = torch.cat([own[:rank] for own, rank in zip(self.components, ranks, strict=True)]).long()

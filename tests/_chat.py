@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import torch
@@ -11,8 +10,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests._moe import COMMON, MODELS
+from tests._pages import blocks
 
-PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -39,7 +38,7 @@ def save_chat_model(path: Path) -> None:
 
 def save_chats(path: Path) -> None:
     """The page's conversations, some dozen times, with answers of several lengths."""
-    chats = [json.loads(line) for line in re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)[1].splitlines()] * 12
+    chats = [json.loads(line) for line in blocks("training", "json")[0].code.splitlines()] * 12
     for index, chat in enumerate(chats):
         chat["messages"][-1]["content"] += " Good." * (index % 3)
     path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))

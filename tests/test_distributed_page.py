@@ -1,14 +1,11 @@
 """docs/distributed.md: its scripts, run by its commands."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from lrlora_ops import load_adapter
+from tests import _pages
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
@@ -16,28 +13,17 @@ pytest.importorskip("trl")
 from tests import _chat  # noqa: E402
 
 pytestmark = pytest.mark.slow  # seven processes that import everything
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "distributed.md").read_text()
-COMMANDS = "".join(re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)).splitlines()
 
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     """What each command printed, in order, and the folder that they ran in."""
     folder = tmp_path_factory.mktemp("page")
-    for script in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
-        (folder / script.split()[1]).write_text(script)
-    (folder / "train.py").write_text(re.search(r"```python\n(.*?)```", _chat.PAGE, re.DOTALL)[1])
+    _pages.write_files("distributed", folder)
+    (folder / "train.py").write_text(_pages.blocks("training", "python")[0].code)
     _chat.save_chat_model(folder / "model")
     _chat.save_chats(folder / "chats.jsonl")
-    paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    environment = os.environ | paths | {"OMP_NUM_THREADS": "1"}
-    printed = []
-    for command in COMMANDS:
-        run = subprocess.run(command.split(), cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stderr
-        printed.append(run.stdout)
-    return printed, folder
+    return _pages.run_commands(_pages.commands("distributed"), folder), folder
 
 
 def saved(outputs, run):

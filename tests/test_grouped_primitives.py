@@ -12,6 +12,8 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from tests._oracle import Case as RankedCase
@@ -315,6 +317,21 @@ def test_equal_runs(name, backend):
 
 
 sparse_memory = pytest.mark.skipif(torch.cuda.is_available(), reason="the mapping is host memory, for the interpreter")
+
+
+@triton.jit
+def column_number(acc, first_ptr, offs_m, mask_m, offs_n, mask_n):
+    return tl.load(first_ptr) + acc * 0 + offs_n[None, :]
+
+
+def test_an_epilogue_reads_its_operand_and_leaves_rows_of_no_expert_zero():
+    case = GemmCase(30, 20, 139, group_sizes=(9, 0, 17))
+    inputs = make_gemm(case, torch.float32, DEVICES["triton"])
+    first = torch.full((1,), 5.0, device=inputs.x.device)
+    y = gemm_module.launch_gemm(
+        inputs.x, inputs.weight, **inputs.routing(), epilogue=column_number, operand=first
+    ).cpu()
+    assert torch.equal(y[:26], 5 + torch.arange(139.0).expand(26, -1)) and not y[26:].any()
 
 
 @sparse_memory

@@ -1,9 +1,6 @@
-"""TRL's SFTTrainer on a chat file, as docs/training.md has it, and the page's other loops."""
+"""TRL's SFTTrainer on a chat file, as docs/training.md has it."""
 
 from __future__ import annotations
-
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from lrlora_ops import DynamicRank, LearnedRank, apply_lora
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-from tests._chat import PAGE, save_chat_model, save_chats  # noqa: E402
+from tests._chat import save_chat_model, save_chats  # noqa: E402
 from tests._training import Statistics, assert_same, state_of  # noqa: E402
 
 METHODS = {
@@ -77,18 +74,3 @@ def test_statistics_do_not_depend_on_how_a_batch_is_split():
     for one, other in zip(seen[0][:3], seen[1][:3], strict=True):
         assert any(t.any() for t in one)
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-
-
-def test_the_page_runs(capsys):
-    """All blocks of docs/training.md in order; each loop trains, and moves its ranks."""
-    scope: dict[str, object] = {}
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 4
-    for block in blocks:
-        exec(block, scope)
-        adapters = scope["adapters"]
-        assert all(pool.lora_B.any() for module in adapters.modules.values() for pool in module.pools().values())
-        assert all(policy.frozen for policy in adapters.policies)
-        assert len({int(rank) for ranks in adapters.ranks().values() for rank in ranks.flatten()}) > 1
-    assert "lrlora/rank_mean" in capsys.readouterr().out
-    assert Path("run/adapters/lrlora_state.json").is_file()

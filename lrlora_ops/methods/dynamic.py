@@ -32,6 +32,10 @@ EPSILON = 1e-6  # added to both shares, so that a share of zero leaves the other
 class DynamicRank:
     """Settings: experts start at ``initial_rank`` and grow, layer by layer, to ``target_rank`` in the mean.
 
+    The released algorithm of DR-LoRA (arXiv 2601.04823). A layer hands out components to its experts in descending
+    order of ``S_i = f_i g_i / (r_i + 1)^gamma``: f is an average of n, what is routed to an expert, and g one of the
+    sensitivities ``|c_j|`` of its components, both as shares of the layer's sums; r is its rank.
+
     Growth is at ``floor(warmup * total_steps)`` optimizer steps and every ``interval`` steps from there, the last
     time no later than ``interval`` steps before the end. All projections of an expert grow together.
 
@@ -46,7 +50,7 @@ class DynamicRank:
         decay: Of both averages, per optimizer step.
         grow_fraction: One growth gives an expert at most ``ceil(grow_fraction * (max_rank - initial_rank))``
             components, and may give it one.
-        score: "paper", the score above; or "saliency", f = 1 and gamma = 0, for c already sums over an expert's
+        score: "paper", S as above; or "saliency", f = 1 and gamma = 0, for c already sums over an expert's
             rows, so that f counts its load twice. The latter is this library's own.
         variant: "exact": n is the sum of the routing weights, and a layer ends at exactly ``target_rank`` in the
             mean. "released": as in the authors' code, where n is the number of rows, g is updated twice per step

@@ -13,7 +13,7 @@ from lrlora_ops.rank_table import RankTable
 
 @dataclass(frozen=True)
 class FixedRank:
-    """LoRA (arXiv 2106.09685): every adapter gets this rank and keeps it.
+    """LoRA (arXiv 2106.09685), ``W + scaling * sum_{j < rank} outer(b_j, a_j)``: one rank for every adapter, for good.
 
     Args:
         rank: Rank of each group, a dense layer or one expert; 0 leaves the layer as it is.

@@ -29,6 +29,11 @@ from lrlora_ops.rank_table import RankTable
 class LearnedRank:
     """Settings: a budget of components, learned ranks within it, integers from the freeze on.
 
+    It follows the published description of LR-LoRA (arXiv 2606.04325); how the rank gets its gradient is this library's
+    own. Each group has a continuous rank ``rho``; an optimizer step runs a prefix ``k = round(rho + tau logit(u))`` of
+    its components, u uniform on (0, 1), and estimates ``dL/drho = sum over j <= k of c_j P_j (1 - P_j) / tau`` from the
+    sensitivities c, with ``P_j = sigmoid((rho - j - 1/2) / tau)``. Adam moves rho by it, within the budget.
+
     A group is a dense layer, or one expert with its projections tied to one rank. The ranks of all groups sum to
     the budget, ``round(mean_rank * groups)``, while they are learned and after they are rounded.
 

@@ -102,8 +102,8 @@ class RankAdapter(nn.Module):
 
     @property
     def sensitivity(self) -> Tensor:
-        """fp32 ``[R]``, or ``[P * R]`` for P projections: ``dL/dm`` of each component, summed over the training
-        backward passes since the last clear."""
+        """fp32 ``[R]``, or ``[P * R]`` for P projections: ``dL/dm`` of each component's gate m, summed over the
+        training backward passes since the last clear: ``scaling * sum_t <x_t, a_j> <dL/dy_t, b_j>`` over rows t."""
         return self.table.sensitivity
 
     def running(self) -> tuple[Tensor, list[Tensor | None]]:

@@ -19,13 +19,15 @@ from lrlora_ops.rank_table import RankTable
 class VariableRankLoRAExperts(RankAdapter):
     """The adapter of all experts of a layer; it lives in the experts module as ``experts.lrlora``.
 
-    The components of an expert serve both of its projections, whose ranks are thereby tied. The experts module keeps
+    Each projection computes ``W[e] x + bias[e] + scaling * sum over components j of expert e: <x, a_j> b_j``. The
+    components of an expert serve both of its projections, whose ranks are thereby tied. The experts module keeps
     its parameters, frozen, under their names.
 
     Attributes:
         gate_up_proj: ``lora_A`` ``[R, H]`` and ``lora_B`` ``[R, 2 I]``; named ``up_proj`` where experts have no gate.
         down_proj: ``lora_A`` ``[R, I]`` and ``lora_B`` ``[R, H]``.
-        table: Which expert owns which components.
+        scaling: ``lora_alpha / max_rank``; it stays what it was when ranks change.
+        table: The ``RankTable`` that says which expert owns which rows of both pools.
     """
 
     def __init__(self, projections: dict[str, ComponentPool], table: RankTable, lora_alpha: float | None) -> None:
@@ -108,6 +110,9 @@ class VariableRankLoRAExperts(RankAdapter):
         """Give every expert a new rank, in all its projections. Components that become live start with ``b = 0``:
         growing leaves the output bit-identical.
 
+        Args:
+            ranks: E integers from 0 to ``max_rank``, with a sum within the pool.
+
         Raises:
             ValueError: A rank is out of range, or the pool too small; nothing is changed then.
         """
@@ -126,9 +131,12 @@ class VariableRankLoRAExperts(RankAdapter):
 
         Args:
             experts: The module that this one is a child of.
-            hidden: ``[T, H]``.
+            hidden: ``[T, H]`` in fp32, fp16 or bf16.
             top_k_index: integer ``[T, k]``; the number of experts means "not here".
-            top_k_weights: ``[T, k]``.
+            top_k_weights: ``[T, k]``, floating point.
+
+        Raises:
+            ValueError: As ``moe_lora_mlp``.
         """
         ranks, gates = self.running()
         pools = [(pool.lora_A, pool.lora_B, gate) for pool, gate in zip(self.pools().values(), gates, strict=True)]
@@ -137,7 +145,13 @@ class VariableRankLoRAExperts(RankAdapter):
         return run_experts(experts, *routed, pools, self.table, scaling=self.scaling, ranks=ranks, demand=demand)
 
     def delta_weight(self, projection: str, expert: int, dtype: torch.dtype | None = None) -> Tensor:
-        """``[N, K]``: the update of one projection of one expert, whatever layout the experts' weights have."""
+        """``[N, K]``: the update of one projection of one expert, whatever layout the experts' weights have.
+
+        Args:
+            projection: "gate_up_proj" ("up_proj" where experts have no gate) or "down_proj".
+            expert: Its index.
+            dtype: To compute in; default fp32, or wider.
+        """
         return self.pools()[projection].delta(self.table.rows_of(expert), self.scaling, dtype)
 
     @torch.no_grad()

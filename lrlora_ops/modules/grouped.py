@@ -17,14 +17,14 @@ class VariableRankLoRAGroupedLinear(RankAdapter, ComponentPool):
     """``y[i] = W[e] x[i] + bias[e] + scaling * sum over components j of expert e: <x[i], a_j> b_j``, e = e_i.
 
     For Mixture-of-Experts layers that people write themselves; W and bias are frozen. The projections of an expert
-    share its rank if their modules share a table::
+    share its rank if their modules share a table:
 
         table = RankTable.uniform(num_experts, rank=8, max_rank=32, pool_size=16 * num_experts, num_projections=2)
         up = VariableRankLoRAGroupedLinear(num_experts, hidden, 2 * intermediate, table=table, projection=0)
         down = VariableRankLoRAGroupedLinear(num_experts, intermediate, hidden, table=table, projection=1)
 
     Args:
-        num_experts: E.
+        num_experts: E, the experts.
         in_features: K.
         out_features: N.
         bias: Whether the experts have biases.
@@ -39,8 +39,12 @@ class VariableRankLoRAGroupedLinear(RankAdapter, ComponentPool):
         dtype: Of all parameters.
 
     Attributes:
-        weight, bias: Frozen parameters ``[E, N, K]`` and ``[E, N]``, or None.
-        lora_A, lora_B: Parameters ``[R, K]`` and ``[R, N]``.
+        weight: Frozen parameter ``[E, N, K]``.
+        bias: Frozen parameter ``[E, N]``, or None.
+        lora_A: Parameter ``[R, K]``, the pool of all experts.
+        lora_B: Parameter ``[R, N]``, likewise; it starts at zero.
+        scaling: ``lora_alpha / max_rank``; it stays what it was when ranks change.
+        table: The ``RankTable`` that says which expert owns which rows of the pool.
 
     Raises:
         ValueError: A size or a rank is out of range.
@@ -97,6 +101,9 @@ class VariableRankLoRAGroupedLinear(RankAdapter, ComponentPool):
         """Give every expert a new rank. Components that become live start with ``b = 0``: growing leaves the output
         bit-identical.
 
+        Args:
+            ranks: E integers from 0 to ``max_rank``, with a sum within the pool.
+
         Raises:
             ValueError: A rank is out of range, the pool too small, or the table shared; nothing is changed then.
         """
@@ -108,7 +115,18 @@ class VariableRankLoRAGroupedLinear(RankAdapter, ComponentPool):
         set_ranks([self], self.table, ranks)
 
     def forward(self, x: Tensor, group_offsets: Tensor) -> Tensor:
-        """``[L, K] -> [L, N]`` for rows sorted by expert; ``group_offsets`` int32 ``[E + 1]`` as in ``Routing``."""
+        """``[L, K] -> [L, N]``. In training mode a method's sampled ranks and probes apply.
+
+        Args:
+            x: ``[L, K]``, rows sorted by expert.
+            group_offsets: int32 ``[E + 1]``, where each expert's rows begin and the last one's end, as in ``Routing``.
+
+        Returns:
+            In x's dtype; zero for rows past the last offset, which are no expert's.
+
+        Raises:
+            ValueError: As ``grouped_lora_linear``.
+        """
         ranks, gates = self.running()
         return grouped_lora_linear(
             x,
@@ -125,7 +143,7 @@ class VariableRankLoRAGroupedLinear(RankAdapter, ComponentPool):
         )
 
     def delta_weight(self, expert: int, dtype: torch.dtype | None = None) -> Tensor:
-        """``[N, K]``: the update of one expert's weight."""
+        """``[N, K]``: the update of one expert's weight, computed in ``dtype``; default fp32, or wider."""
         return self.delta(self.table.rows_of(expert), self.scaling, dtype)
 
     @torch.no_grad()

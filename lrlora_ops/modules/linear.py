@@ -36,8 +36,10 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
     Attributes:
         lora_A: Parameter ``[max_rank, in_features]``.
         lora_B: Parameter ``[max_rank, out_features]``: the transpose of PEFT's ``lora_B.weight``.
-        weight, bias: Frozen parameters ``[out_features, in_features]`` and ``[out_features]``, or None.
+        weight: Frozen parameter ``[out_features, in_features]``; None if another layer is wrapped.
+        bias: Frozen parameter ``[out_features]``, or None.
         base_layer: The wrapped layer if it is not a plain ``nn.Linear``, else None.
+        scaling: ``lora_alpha / max_rank``; it stays what it was when the rank or the capacity changes.
         table: The ``RankTable`` that rank methods drive; it travels in the state dict.
 
     Raises:
@@ -83,9 +85,15 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
 
         Args:
             layer: Has ``in_features`` and ``out_features``, and maps ``[..., K]`` to ``[..., N]``.
-            max_rank, rank, lora_alpha, dropout: As for the class.
+            max_rank: R, the components that the adapter holds.
+            rank: How many of them are live at the start.
+            lora_alpha: Default ``2 * max_rank``, so that scaling is 2.
+            dropout: Probability of dropping an element of x on the adapter's branch, in training.
             dtype: Of ``lora_A`` and ``lora_B``; default fp32, as PEFT does, since updates of a trained bf16 parameter
                 are lost in rounding; fp64 for an fp64 layer.
+
+        Returns:
+            The module to put in the layer's place; it is part of no model yet.
 
         Raises:
             ValueError: The layer does not say its sizes, or an argument is out of range.
@@ -147,6 +155,12 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K] -> [..., N]``. In training mode a method's sampled ranks and probes apply.
 
+        Args:
+            x: As ``lora_linear`` takes it; also of a base layer, which is called with it.
+
+        Returns:
+            In the base's dtype; under autocast in autocast's.
+
         Raises:
             RuntimeError: In training, the base layer passes no gradient on to x.
         """
@@ -179,6 +193,9 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
 
         Growing leaves the output bit-identical: the components that become live start with ``b = 0``. Shrinking
         drops the last ones.
+
+        Args:
+            rank: From 0 to ``max_rank``.
 
         Raises:
             ValueError: The rank is not from 0 to ``max_rank``.
@@ -238,6 +255,9 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
         """Hold ``max_rank`` components: the first ones, or these and new ones. Scaling and output stay.
 
         The parameters keep their identity, and lose their gradient. Reads the rank on the host.
+
+        Args:
+            max_rank: The rank or more.
 
         Raises:
             ValueError: ``max_rank`` is below the rank.

@@ -23,9 +23,9 @@ class ExpertLinear:
 
     Attributes:
         weight: ``[E, N, K]``, or ``[E, K, N]`` if ``transposed``; frozen.
-        lora_A: ``[R, K]``.
-        lora_B: ``[R, N]``.
-        gate: fp32 ``[R]``, or None for ones.
+        lora_A: ``[R, K]``, one row a component of the pool, in x's dtype or fp32.
+        lora_B: ``[R, N]``, likewise.
+        gate: fp32 ``[R]``, or None for ones. Its gradient is the sensitivity ``c_j = dL/dgate_j``.
         bias: ``[E, N]``, or None; frozen.
         transposed: The layout of ``weight``.
     """
