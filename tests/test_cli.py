@@ -12,17 +12,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lrlora_ops import LearnedRank, load_adapter
+from lrlora_ops import load_adapter
 from lrlora_ops.cli import app
-from lrlora_ops.finetune import arm as arm_module
-from lrlora_ops.finetune.arm import Arm, ArmPlan
+from lrlora_ops.finetune.arm import Arm
 from lrlora_ops.finetune.pretrained import load_pretrained
 from lrlora_ops.finetune.tokens import encode, train_tokenizer
 from lrlora_ops.finetune.trainer import Recipe
 from tests._cli import TEXT, assert_one_line, forget, gpt2_without_linear_layers, llama, qwen3_moe
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--steps", "12", "--batch-size", "4", "--seq-len", "16", "--lr", "1e-2", "--rank", "2", "--device", "cpu"]
+SMALL = ["--steps", "12", "--batch-size", "4", "--seq-len", "16", "--lr", "1e-2", "--device", "cpu"]
+LEARNED = ["--method", "learned", "--mean-rank", "2"]
+FIXED = ["--method", "fixed", "--rank", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,7 @@ def inputs(tmp_path_factory):
 
 
 def finetune(inputs, output, *options, model="llama", train="text"):
+    options = options if "--method" in options else (*LEARNED, *options)
     command = ["finetune", "--model", inputs / model, "--train", inputs / train, "--output", output, *SMALL, *options]
     return CliRunner().invoke(app, [str(word) for word in command])
 
@@ -191,12 +193,12 @@ def reload(inputs, output, plan, steps=12):
     return again, tokenizer
 
 
-@pytest.mark.parametrize("name", ["learned", "fixed"])
-def test_finetune_learns_and_leaves_an_adapter_a_table_and_a_heatmap(inputs, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("method", [LEARNED, FIXED])
+def test_finetune_learns_and_leaves_an_adapter_a_table_and_a_heatmap(inputs, tmp_path, monkeypatch, method):
     trained, train = [], Arm.train
     monkeypatch.setattr(Arm, "train", lambda *args: (trained.append(args[0]), train(*args)))
     output = tmp_path / "adapter"
-    result = finetune(inputs, output, "--method", name, "--steps", "30", "--lr", "3e-2")
+    result = finetune(inputs, output, *method, "--steps", "30", "--lr", "3e-2")
     assert result.exit_code == 0, (result.output, result.exception)
     before, after = bits(result.output)
     assert after < 0.8 * before
@@ -264,22 +266,6 @@ def test_finetune_adapts_experts_and_shows_where_the_text_goes(inputs, tmp_path)
     assert "rank, mean 2.0" in ranks and "% of rows, held-out text" in ranks
     assert (tmp_path / "a" / "experts.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "a" / "ranks.png").exists()
-
-
-def test_finetune_that_is_interrupted_saves_the_adapter_and_says_where(inputs, tmp_path, monkeypatch):
-    batches = arm_module.batches
-
-    def stopped(*args):
-        stream = batches(*args)
-        yield from (next(stream) for _ in range(3))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(arm_module, "batches", stopped)
-    result = finetune(inputs, tmp_path / "adapter", "--method", "learned")
-    assert result.exit_code == 130
-    assert "interrupted" in result.output and "adapter" in result.output
-    again, _ = reload(inputs, tmp_path / "adapter", ArmPlan("", lambda steps: LearnedRank(2.0, 8, steps)))
-    assert any(parameter.abs().sum() > 0 for name, parameter in again.adapters.named_parameters() if "lora_B" in name)
 
 
 def test_a_missing_extra_is_one_line_that_names_it():
