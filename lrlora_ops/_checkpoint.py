@@ -143,7 +143,9 @@ def contents(path: Path) -> tuple[list[tuple[Method, list[str]]], dict[str, Any]
 def _method(entry: Mapping[str, Any]) -> Method:
     known = vars(methods).get(entry["method"])
     if known is None:
-        raise ValueError(f"the checkpoint has the method {entry['method']!r}, which this version does not know")
+        raise ValueError(
+            f"the checkpoint has the method {entry['method']!r}, which this version does not know; update lrlora_ops"
+        )
     return known(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry["settings"].items()})
 
 
@@ -229,13 +231,13 @@ def _check_tensors(name: str, settings: Mapping[str, Any], tensors: Mapping[str,
     for key, shape in shapes.items():
         found = list(tensors[f"{name}.{key}"].shape)
         if found != shape:
-            raise ValueError(f"{name}.{key} has shape {found}, its settings say {shape}; the checkpoint is damaged")
+            raise ValueError(f"{name}.{key} has shape {found}, its settings say {shape}; load another checkpoint")
     ranks, components = (tensors[f"{name}.table.{key}"].tolist() for key in ("ranks", "components"))
     live = [row for own, rank in zip(components, ranks, strict=True) for row in own[: max(rank, 0)]]
     reserved = [list(range(first, first + most)) for first in range(0, experts * most, most)] if most else components
     sound = all(0 <= rank <= most for rank in ranks) and len(set(live)) == len(live) and set(live) <= set(range(size))
     if not sound or (size == experts * most and components != reserved):
-        raise ValueError(f"{name} has a rank table that contradicts its tensors; the checkpoint is damaged")
+        raise ValueError(f"{name} has a rank table that contradicts its tensors; load another checkpoint")
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

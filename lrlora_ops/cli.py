@@ -244,7 +244,9 @@ def bench(
     """Time this library beside its peers: what follows goes to pytest. Needs the source tree, and its bench extra."""
     root = Path(__file__).parents[1]
     if not (root / "benchmarks" / "report.py").exists():
-        raise CommandError(f"the benchmarks are not in {root}: they are part of the source tree, not of the package")
+        raise CommandError(
+            f"the benchmarks are not in {root}, a package: run lrlora in the source tree, which has them"
+        )
     suite = ["pytest", "benchmarks/", "--benchmark-only"]
     command = ["benchmarks.report", *map(os.path.abspath, context.args)] if table else [*suite, *context.args]
     raise typer.Exit(subprocess.run([sys.executable, "-m", *command], cwd=root).returncode)

@@ -39,7 +39,7 @@ def read_config(file: Path | None, options: Mapping[str, Any]) -> FineTuneConfig
         flags: dict[KeyPath, str] = {path: "--" + name.replace("_", "-") for name, path in paths.items()}
         places = _Places(file, lines, flags, set(given))
         first, *others = error.errors()
-        more = f" ({len(others)} more mistakes after it)" if others else ""
+        more = f" ({len(others)} more mistake{'s' if others[1:] else ''} after it)" if others else ""
         raise CommandError(_explain(first, places) + more) from None
 
 
@@ -50,8 +50,9 @@ def _merged(values: dict[str, Any], given: Mapping[tuple[str, ...], Any]) -> dic
     if isinstance(method, dict) and (method or any(path[0] == "method" for path in given)):
         if chosen is not None and chosen != method.get("name", "learned"):
             method = {}
-        method = {"name": "learned"} | method
-        merged["method"] = method | {path[1]: value for path, value in given.items() if path[0] == "method"}
+        merged["method"] = (method or {"name": "learned"}) | {
+            path[1]: value for path, value in given.items() if path[0] == "method"
+        }
     return merged | {path[0]: value for path, value in given.items() if path[0] != "method"}
 
 
@@ -137,9 +138,9 @@ def _guess(path: KeyPath, method: Any) -> str:
     known = METHOD_MODELS[method].model_fields if method else FineTuneConfig.model_fields
     near = get_close_matches(name, known, 1)
     owners = [other for other, model in METHOD_MODELS.items() if name in model.model_fields and other != method]
-    if near:
-        return f"; did you mean {near[0]}?"
     if owners and not method:
         return "; it belongs under 'method:'"
+    if near and not owners:
+        return f"; did you mean {near[0]}?"
     belongs = f"; it is one of {' and '.join(owners)}, and this method has" if owners else "; there are"
     return f"{belongs} {', '.join(key for key in known if key != 'name' or not method)}"
