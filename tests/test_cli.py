@@ -97,7 +97,9 @@ def test_export_for_servers(inputs, tmp_path, format):
 def test_help_lists_the_commands(arguments):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0
-    assert re.search(r"demo +Pretrain.*\n +finetune +Fine-tune.*\n +export +Write", result.output)
+    assert re.search(
+        r"demo +Pretrain.*\n +finetune +Fine-tune(.*\n)+ +schema +Print(.*\n)+ +export +Write", result.output
+    )
 
 
 def bits(output):
