@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -104,8 +105,12 @@ def _write(path: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> 
     tensor_file = f"lrlora_adapters-{uuid.uuid4().hex}.safetensors"
     draft = path / tensor_file.removesuffix(".safetensors")
     draft.mkdir()  # safetensors, too, begins with a file of another name
-    save_file(tensors, draft / tensor_file)
-    (draft / STATE_FILE).write_text(json.dumps({**state, "tensors": tensor_file}, indent=1))
+    try:
+        write_tensors(tensors, draft / tensor_file)
+        (draft / STATE_FILE).write_text(json.dumps({**state, "tensors": tensor_file}, indent=1))
+    except OSError:
+        shutil.rmtree(draft)  # on a full disk, what was written is in the way
+        raise
     heed_umask(draft)
     for file in (tensor_file, STATE_FILE):
         _sync(draft / file)
@@ -138,7 +143,9 @@ def contents(path: Path) -> tuple[list[tuple[Method, list[str]]], dict[str, Any]
 def _method(entry: Mapping[str, Any]) -> Method:
     known = vars(methods).get(entry["method"])
     if known is None:
-        raise ValueError(f"the checkpoint has the method {entry['method']!r}, which this version does not know")
+        raise ValueError(
+            f"the checkpoint has the method {entry['method']!r}, which this version does not know; update lrlora_ops"
+        )
     return known(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry["settings"].items()})
 
 
@@ -224,13 +231,24 @@ def _check_tensors(name: str, settings: Mapping[str, Any], tensors: Mapping[str,
     for key, shape in shapes.items():
         found = list(tensors[f"{name}.{key}"].shape)
         if found != shape:
-            raise ValueError(f"{name}.{key} has shape {found}, its settings say {shape}; the checkpoint is damaged")
+            raise ValueError(f"{name}.{key} has shape {found}, its settings say {shape}; load another checkpoint")
     ranks, components = (tensors[f"{name}.table.{key}"].tolist() for key in ("ranks", "components"))
     live = [row for own, rank in zip(components, ranks, strict=True) for row in own[: max(rank, 0)]]
     reserved = [list(range(first, first + most)) for first in range(0, experts * most, most)] if most else components
     sound = all(0 <= rank <= most for rank in ranks) and len(set(live)) == len(live) and set(live) <= set(range(size))
     if not sound or (size == experts * most and components != reserved):
-        raise ValueError(f"{name} has a rank table that contradicts its tensors; the checkpoint is damaged")
+        raise ValueError(f"{name} has a rank table that contradicts its tensors; load another checkpoint")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """``save_file`` of safetensors, with the error of any other file: a full disk is an OSError with its number."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def heed_umask(directory: Path) -> None:

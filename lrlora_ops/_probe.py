@@ -90,7 +90,8 @@ def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
     found = list(_floating(output))
     if not found:
         raise ValueError(
-            f"the model returns a {type(output).__name__} without a floating-point tensor to differentiate"
+            f"the model returns a {type(output).__name__} without a floating-point tensor to differentiate; "
+            "give a batch for which it returns logits or a loss"
         )
     return found
 

@@ -153,6 +153,9 @@ def load_adapter(
 def _restore(model: nn.Module, path: Path) -> Adapters:
     served, settings, dtype = _checkpoint.contents(path)
     found = find_targets(model, list(settings))
+    for name in sorted(found.keys() - settings.keys()):
+        wanted = next(saved for saved in settings if name.endswith(saved))
+        raise ValueError(f"{wanted} of the checkpoint is {name} here; give the model that was saved, not one around it")
     _require_undivided(found)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapters = apply_methods(model, found, served, dtype=dtype)

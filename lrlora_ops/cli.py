@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import math
 import os
 import subprocess
@@ -13,7 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-if missing := [name for name in ("typer", "rich", "matplotlib", "transformers", "tokenizers") if not find_spec(name)]:
+if missing := [
+    name
+    for name in ("typer", "rich", "matplotlib", "pydantic", "yaml", "transformers", "tokenizers")
+    if not find_spec(name)
+]:
     print(f"lrlora needs {', '.join(missing)}, not installed here: pip install 'lrlora_ops[cli]'", file=sys.stderr)
     raise SystemExit(2)
 
@@ -22,7 +28,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from lrlora_ops.finetune.errors import CheckFailed, CommandError
+from lrlora_ops.finetune.errors import CheckFailed, CommandError, DiskFull, OutOfMemory, Stopped
+from lrlora_ops.finetune.options import with_options
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of it that newer versions of typer hold
 
@@ -40,14 +47,15 @@ class OneLineErrors(TyperGroup):
         except UsageError as error:
             command = error.ctx.command_path if error.ctx else "lrlora"
             exit_with(f"{error.format_message()} (see {command} --help)", 2)
-        except (CommandError, OSError) as error:
-            exit_with(str(error), 2)
-        except CheckFailed as error:
-            exit_with(str(error), 1)
+        except (CommandError, CheckFailed) as error:
+            exit_with(str(error), error.code)
+        except OSError as error:
+            exit_with(str(error), DiskFull.code if error.errno in (errno.ENOSPC, errno.EDQUOT) else CommandError.code)
         except torch.OutOfMemoryError:
-            exit_with("the GPU's memory is full: lower --batch-size or --seq-len, or add --dtype bfloat16", 2)
+            advice = "lower --batch-size or --seq-len, or add --dtype bfloat16"
+            exit_with(f"the GPU's memory is full; nothing is saved: {advice}", OutOfMemory.code)
         except KeyboardInterrupt:
-            exit_with("stopped", 130)
+            exit_with("stopped", Stopped.code)
         sys.exit()
 
 
@@ -64,11 +72,6 @@ Seed = Annotated[int, typer.Option(help="Of the adapters, the batches and the sa
 
 
 class MethodName(str, Enum):
-    learned = "learned"
-    fixed = "fixed"
-
-
-class DoctorMethod(str, Enum):
     fixed = "fixed"
     learned = "learned"
     dynamic = "dynamic"
@@ -134,45 +137,43 @@ def further_seeds(context: typer.Context, seeds: Sequence[int] | None, words: Se
 
 
 @app.command()
+@with_options
 def finetune(
-    model: Annotated[Path, typer.Option(help="Hugging Face model directory; nothing is downloaded.")],
-    train: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text files to train on.")],
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of these settings, as in lrlora schema; options override it.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped, as its --output.")
+    ] = None,
     more: Annotated[list[Path] | None, typer.Argument(hidden=True, metavar="")] = None,
-    method: Annotated[MethodName, typer.Option(help="How ranks are chosen.")] = MethodName.learned,
-    rank: Annotated[float, typer.Option("--rank", "--mean-rank", help="Rank; the mean of all with learned.")] = 8.0,
-    max_rank: Annotated[int | None, typer.Option(help="Highest learned rank. Default: four times the mean.")] = None,
-    targets: Annotated[list[str] | None, typer.Option(help="Layers, as names or globs. Default: all-linear.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 300,
-    batch_size: Annotated[int, typer.Option(help="Rows in a batch.")] = 8,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a row.")] = 256,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 5e-4,
-    eval_fraction: Annotated[float, typer.Option(help="Share of each file, its end, that is held out.")] = 0.1,
-    output: Annotated[Path, typer.Option(help="New directory for the adapter.")] = Path("lrlora-adapter"),
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Annotated[DtypeName, typer.Option(help="Of the model; auto is the checkpoint's own.")] = DtypeName.auto,
+    **options: Any,
 ) -> None:
-    """Fine-tune a causal language model on text files, and measure it on text that was held out."""
-    from lrlora_ops.finetune.own_text import FineTuneSettings, run_fine_tuning
+    """Fine-tune a causal language model on text or examples, and measure it on what was held out. Exit codes: 0 done,
+    1 a check failed, 2 bad input, 3 disk full, 4 loss not finite, 5 out of GPU memory, 130 Ctrl-C (it saves first)."""
+    from lrlora_ops.finetune.config_file import read_config
+    from lrlora_ops.finetune.own_text import resume_fine_tuning, run_fine_tuning
 
-    settings = FineTuneSettings(
-        model=model,
-        files=(*train, *(more or [])),
-        output=output,
-        learned=method is MethodName.learned,
-        rank=rank,
-        max_rank=max_rank,
-        targets=tuple(targets or ["all-linear"]),
-        steps=steps,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        lr=lr,
-        eval_fraction=eval_fraction,
-        seed=seed,
-        device=device,
-        dtype=dtype.value,
-    )
-    run_fine_tuning(settings, Console())
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if resume:
+        if config or given or more:
+            raise CommandError(
+                f"--resume goes on with the run's own settings: leave out {', '.join(given) or '--config'}"
+            )
+        resume_fine_tuning(resume, Console())
+        return
+    if more:
+        if not options["train"]:
+            raise CommandError(f"{more[0]} comes after no option that it could be for: put --train before it")
+        options["train"] = [*options["train"], *more]
+    run_fine_tuning(read_config(config, options), Console())
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the files for finetune --config."""
+    from lrlora_ops.finetune.config import FineTuneConfig
+
+    typer.echo(json.dumps(FineTuneConfig.model_json_schema(), indent=2))
 
 
 @app.command()
@@ -195,7 +196,7 @@ def export(
 def doctor(
     directory: Annotated[Path, typer.Argument(metavar="MODEL|RUN", help="A model, or adapters of --model.")],
     model: Annotated[Path | None, typer.Option(help="Hugging Face model directory that a RUN was trained on.")] = None,
-    method: Annotated[DoctorMethod, typer.Option(help="Of new adapters, for a MODEL.")] = DoctorMethod.fixed,
+    method: Annotated[MethodName, typer.Option(help="Of new adapters, for a MODEL.")] = MethodName.fixed,
     targets: Annotated[
         list[str] | None, typer.Option(help="Layers of a MODEL, as names or globs. Default: all-linear.")
     ] = None,
@@ -243,7 +244,9 @@ def bench(
     """Time this library beside its peers: what follows goes to pytest. Needs the source tree, and its bench extra."""
     root = Path(__file__).parents[1]
     if not (root / "benchmarks" / "report.py").exists():
-        raise CommandError(f"the benchmarks are not in {root}: they are part of the source tree, not of the package")
+        raise CommandError(
+            f"the benchmarks are not in {root}, a package: run lrlora in the source tree, which has them"
+        )
     suite = ["pytest", "benchmarks/", "--benchmark-only"]
     command = ["benchmarks.report", *map(os.path.abspath, context.args)] if table else [*suite, *context.args]
     raise typer.Exit(subprocess.run([sys.executable, "-m", *command], cwd=root).returncode)

@@ -340,13 +340,6 @@ def test_a_directory_that_cannot_be_written(tmp_path):
             adapters.save(path)
 
 
-def test_merged_adapters_have_nothing_to_save(tmp_path):
-    _, adapters, _ = make()
-    adapters.merge()
-    with pytest.raises(ValueError, match="merged into the model, so there is nothing to save"):
-        adapters.save(tmp_path)
-
-
 def test_adopted_modules(tmp_path):
     """A model that was built with its adapters; also one whose layers hold more than the method needs."""
 

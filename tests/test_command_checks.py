@@ -83,22 +83,6 @@ def test_a_model_whose_output_is_detached(inputs, monkeypatch):
     assert "and 11 more: called, but no gradient comes back\n" in result.output
 
 
-@pytest.mark.parametrize(
-    "name, options, words",
-    [
-        ("nowhere", [], "nowhere is no directory"),
-        ("run", [], "run holds adapters: add --model DIRECTORY"),
-        ("llama", ["--model", "llama"], "llama holds no adapters, which --model is for"),
-        ("run", ["--model", "llama", "--targets", "q_proj"], "run holds adapters, whose targets are settled"),
-        ("llama", ["--targets", "abacus"], "'abacus' matches no linear layer"),
-        ("llama", ["--method", "dynamic"], "target 'experts' matches nothing"),
-    ],
-)
-def test_bad_input_is_one_line(inputs, name, options, words):
-    options = [inputs / word if word == "llama" else word for word in options]
-    assert_one_line(doctor(inputs / name, *options), words)
-
-
 def test_env(monkeypatch, tmp_path):
     """Versions and settings; no path, no token, no name of a user."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -1,7 +1,6 @@
 """DynamicRank at the ends of a run, beside other methods, and what it refuses."""
 
 import json
-import math
 import warnings
 from dataclasses import asdict
 
@@ -67,46 +66,6 @@ def test_runs_too_short_to_grow_in(changed, message):
     late.total_steps = method.total_steps
     with pytest.raises(ValueError, match=message):
         late.step()
-
-
-@pytest.mark.parametrize(
-    "setting, message",
-    [
-        ({"initial_rank": -1}, "initial_rank is -1; it must be an integer of at least 0"),
-        ({"initial_rank": 8.0}, "initial_rank is 8.0"),
-        ({"max_rank": 0, "initial_rank": 0, "target_rank": 0}, "max_rank is 0; it must be an integer of at least 1"),
-        ({"target_rank": 7}, "target_rank is 7; it must be an integer from initial_rank, 8, to max_rank, 32"),
-        ({"target_rank": 33}, "target_rank is 33"),
-        ({"target_rank": 16.5}, "target_rank is 16.5"),
-        ({"total_steps": 0}, "total_steps is 0; it must be at least 1, or None"),
-        ({"interval": 0}, "interval is 0; it must be an integer of at least 1"),
-        ({"warmup": 1.0}, "warmup is 1.0; it must be at least 0 and less than 1"),
-        ({"gamma": -0.1}, "gamma is -0.1; it must be a number of at least 0"),
-        ({"gamma": math.nan}, "gamma is nan"),
-        ({"decay": 1.0}, "decay is 1.0; it must be at least 0 and less than 1"),
-        ({"grow_fraction": 1.5}, "grow_fraction is 1.5; it must be from 0 to 1"),
-        ({"score": "saliancy"}, 'score is \'saliancy\'; it must be "paper" or "saliency"'),
-        ({"variant": "paper"}, 'variant is \'paper\'; it must be "exact" or "released"'),
-    ],
-    ids=str,
-)
-def test_bad_settings(setting, message):
-    with pytest.raises(ValueError, match=message):
-        DynamicRank(**setting)
-
-
-@pytest.mark.parametrize(
-    "tables, message",
-    [
-        ({}, "no rank table"),
-        ({"experts": RankTable(4, 7, 28)}, "experts has max_rank 7, but DynamicRank has 8; raise the adapter's"),
-        ({"experts": RankTable(4, 8, 15)}, "a pool of 15 rows for 4 experts, .* needs 4 .* with pool_rank=4"),
-    ],
-    ids=["none", "max_rank", "pool"],
-)
-def test_tables_that_cannot_grow(tables, message):
-    with pytest.raises(ValueError, match=message):
-        DynamicRank(**SETTINGS).policy(tables)
 
 
 def test_a_pool_holds_what_the_variant_may_hand_out():

@@ -9,12 +9,21 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lrlora_ops import FixedRank, apply_lora
 from lrlora_ops.finetune import speed
-from lrlora_ops.finetune.errors import CommandError
+from lrlora_ops.finetune.errors import Diverged
 from lrlora_ops.finetune.evaluate import bits_per_byte
 from lrlora_ops.finetune.experiments import dense, growing_ranks, mixture_of_experts
 from lrlora_ops.finetune.outcome import compare
 from lrlora_ops.finetune.routing import routing_shares
-from lrlora_ops.finetune.tokens import EncodedText, batches, encode, sample, train_tokenizer
+from lrlora_ops.finetune.tokens import (
+    EncodedExamples,
+    EncodedText,
+    batches,
+    collate,
+    encode,
+    inputs_and_labels,
+    sample,
+    train_tokenizer,
+)
 from lrlora_ops.finetune.trainer import Recipe, batch_loss, train
 
 
@@ -77,6 +86,40 @@ def test_batches_repeat_with_their_seed_and_mix_the_texts():
     assert {int(batch[0, 0]) for batch in made} <= set(range(93))
 
 
+def test_batches_of_examples_are_epochs_in_random_order():
+    """Each example once before any comes again; padding at the end is neither read nor predicted."""
+    examples = [torch.tensor([~(10 * i + 1), *range(10 * i, 10 * i + i + 1)]) for i in range(5)]
+    made = list(batches([(examples, 2)], 99, 5, seed=1))
+    assert all(torch.equal(a, b) for a, b in zip(made, batches([(examples, 2)], 99, 5, seed=1), strict=True))
+    order = [int(~row[0]) // 10 for batch in made for row in batch]
+    assert sorted(order[:5]) == sorted(order[5:]) == list(range(5)) and order[:5] != order[5:]
+    for batch, first, second in zip(made, order[::2], order[1::2], strict=True):
+        assert batch.shape == (2, max(first, second) + 2)
+        input_ids, labels = inputs_and_labels(batch)
+        for row, index in zip(range(2), (first, second), strict=True):
+            tokens = list(range(10 * index, 11 * index + 1))
+            assert input_ids[row, : index + 2].tolist() == [10 * index + 1, *tokens]
+            assert labels[row].tolist() == [-100, *tokens] + [-100] * (batch.shape[1] - index - 2)
+
+
+def test_of_examples_the_completions_alone_count(model):
+    """For the loss and for the bits per byte; each example is read by itself, whatever is beside it in a batch."""
+    rows = [torch.tensor([~7, ~8, 9, 10]), torch.tensor([~3, 4, ~5, ~6, 200, ~7, 17])]
+    nats, predicted = 0.0, 0
+    for row in rows:
+        tokens = inputs_and_labels(row)[0]
+        with torch.no_grad():
+            logits = model(input_ids=tokens[None]).logits[0].double().log_softmax(-1)
+        nats -= sum(float(logits[i - 1, tokens[i]]) for i in range(1, len(row)) if row[i] >= 0)
+        predicted += int((row[1:] >= 0).sum())
+    with torch.no_grad():
+        loss = batch_loss(model, collate(rows))
+    assert loss.item() == pytest.approx(nats / predicted, rel=1e-5)
+    for batch_size in (1, 2):
+        bits = bits_per_byte(model, EncodedExamples(rows, 13), 99, batch_size)
+        assert bits == pytest.approx(nats / math.log(2) / 13, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "available, steps",
     [
@@ -123,7 +166,7 @@ def test_threads_are_chosen_by_the_clock(monkeypatch, seconds, chosen):
 
 def test_a_loss_that_is_not_finite_stops_the_training(model):
     stream = batches([(torch.randint(300, (100,)), 2)], 8, 5, seed=0)
-    with pytest.raises(CommandError, match="lower the learning rate"):
+    with pytest.raises(Diverged, match="lower the learning rate"):
         train(model, stream, Recipe(steps=5, lr=math.inf), lambda loss: None)
 
 

@@ -37,7 +37,7 @@ PARTS = {
 UPWARD_ON_USE = {("adapters", "integrations"), ("routing", "ops")}
 
 OPTIONAL = ["triton", "transformers", "tokenizers", "accelerate", "peft", "trl", "typer", "rich", "matplotlib"]
-OPTIONAL += ["bitsandbytes", "torchao"]
+OPTIONAL += ["bitsandbytes", "torchao", "pydantic", "yaml"]
 
 # Without its finder a distribution is as good as not installed, for try-imports and for find_spec alike.
 HIDE_OPTIONAL = f"""

@@ -374,43 +374,6 @@ def test_a_price_needs_the_first_loss():
         policy.step()
 
 
-@pytest.mark.parametrize(
-    "setting, message",
-    [
-        ({"mean_rank": -1.0}, "mean_rank is -1.0; it must be a number of at least 0"),
-        ({"mean_rank": math.nan}, "mean_rank is nan"),
-        ({"max_rank": 0}, "max_rank is 0; it must be an integer of at least 1"),
-        ({"max_rank": 8.0}, "max_rank is 8.0"),
-        ({"total_steps": 0}, "total_steps is 0; it must be at least 1, or None"),
-        ({"tau": (1.0, 0.0)}, "tau is .*; it must be two positive numbers"),
-        ({"tau": (1.0,)}, "tau is"),
-        ({"warmup": -0.1}, "warmup is -0.1; it must be at least 0 and less than freeze, 0.8"),
-        ({"warmup": 0.8}, "warmup is 0.8"),
-        ({"freeze": 1.1}, "freeze is 1.1; it must be at most 1"),
-        ({"lr": 0.0}, "lr is 0.0; it must be a positive number, or None"),
-        ({"penalty": -1.0}, "penalty is -1.0"),
-    ],
-    ids=str,
-)
-def test_bad_settings(setting, message):
-    with pytest.raises(ValueError, match=message):
-        LearnedRank(**setting)
-
-
-@pytest.mark.parametrize(
-    "tables, message",
-    [
-        ({}, "no rank table"),
-        ({"q_proj": RankTable(1, 4, 4)}, "q_proj has max_rank 4, but LearnedRank has 6; make them equal"),
-        ({"experts": RankTable(4, 6, 12)}, "experts shares a pool of 12 rows"),
-    ],
-    ids=["none", "max_rank", "pool"],
-)
-def test_tables_that_cannot_be_learned(tables, message):
-    with pytest.raises(ValueError, match=message):
-        LearnedRank(**SETTINGS).policy(tables)
-
-
 def test_settings_survive_json():
     method = LearnedRank(mean_rank=4, tau=(2.0, 0.5), total_steps=7)
     assert LearnedRank(**json.loads(json.dumps(asdict(method)))) == method

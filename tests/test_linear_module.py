@@ -74,25 +74,6 @@ def test_any_dtype_of_layer_and_adapter(dtype, adapters):
     assert adapter.lora_A.grad.any() and adapter.sensitivity[:8].all() and not adapter.sensitivity[8:].any()
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: layer(max_rank=-1), "max_rank is -1"),
-        (lambda: layer(max_rank=4, rank=5), "rank is 5; it must be an integer from 0 to max_rank, 4"),
-        (lambda: layer(rank=-1), "rank is -1"),
-        (lambda: layer(rank=1.5), "rank is 1.5; it must be an integer"),
-        (lambda: layer(dropout=1.0), "dropout is 1.0; it must be at least 0 and below 1"),
-        (lambda: layer().set_rank(33), "rank is 33; it must be an integer from 0 to max_rank, 32"),
-        (lambda: layer().resize(7), "max_rank is 7, below the rank 8; lower the rank first with set_rank"),
-        (lambda: VariableRankLoRALinear.from_linear(nn.ReLU()), r"ReLU has no in_features.*base=layer\(x\)"),
-        (lambda: VariableRankLoRALinear.from_linear(layer()), "a VariableRankLoRALinear already"),
-    ],
-)
-def test_bad_arguments(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 def test_a_failed_wrap_leaves_the_layer_trainable():
     base = linear()
     with pytest.raises(ValueError):

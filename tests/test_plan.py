@@ -25,7 +25,6 @@ from lrlora_ops._trace import trace
 from lrlora_ops.cli import app
 from lrlora_ops.finetune.gpus import known_gpu
 from lrlora_ops.finetune.planned import advice
-from tests._cli import assert_one_line
 
 SIZES = {
     "vocab_size": 100,
@@ -267,23 +266,3 @@ def test_the_ranks_that_fit_a_memory():
 def test_memory_that_does_not_hold_the_model(directory):
     result = run(directory, "--budget", "2", "--gpu-memory", "0.0001")
     assert "0.0001 GB do not hold the model and a step of it: lower --tokens" in " ".join(result.output.split())
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["--budget", "0"], "--budget is 0.0; it must be above 0"),
-        (["--budget", "nan"], "--budget is nan; it must be above 0"),
-        (["--budget", "8", "--max-rank", "4"], "--max-rank is 4; it must be at least the budget, 8"),
-        (["--budget", "8", "--tokens", "1"], "--tokens is 1; it must be at least 2"),
-        (["--budget", "8", "--gpu-memory", "-1"], "--gpu-memory is -1.0; it must be above 0"),
-        (["--budget", "8", "--gpu", "abacus"], "--gpu is abacus; it must be one of B200"),
-        (["--budget", "8", "--targets", "abacus"], "cannot be planned.*'abacus' matches no linear layer"),
-    ],
-)
-def test_bad_options_are_one_line(directory, options, words):
-    assert_one_line(run(directory, *options), words)
-
-
-def test_a_directory_without_a_config(tmp_path):
-    assert_one_line(run(tmp_path, "--budget", "8"), r"has no config\.json: give the directory")

@@ -156,39 +156,6 @@ def test_uniform():
     assert not table.reserved and RankTable(2, 3, 6).reserved
 
 
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ((0, 4, 0), "num_experts is 0"),
-        ((2, -1, 0), "max_rank is -1"),
-        ((2, 4, -1), "pool_size is -1"),
-        ((2, 4, 9), "lower pool_size or raise max_rank"),
-    ],
-)
-def test_impossible_sizes(sizes, message):
-    with pytest.raises(ValueError, match=message):
-        RankTable(*sizes)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "message"),
-    [
-        ([2, 5], "rank 5 of expert 1 is outside 0..4; raise max_rank"),
-        ([-1, 2], "rank -1 of expert 0"),
-        ([4, 3], "sum to 7, but the pool holds 6 components; raise the pool size"),
-        ([1], "has 1 entries; it must have one per expert, 2"),
-    ],
-)
-def test_impossible_ranks(ranks, message):
-    with pytest.raises(ValueError, match=message):
-        RankTable(2, 4, 6).set_ranks(ranks)
-
-
-def test_an_expert_has_a_projection():
-    with pytest.raises(ValueError, match="num_projections is 0; it must be at least 1"):
-        RankTable(2, 4, 6, num_projections=0)
-
-
 @pytest.mark.parametrize("ranks", [[2.0, 2.0], torch.tensor([2.5, 2.0])])
 def test_ranks_are_integers(ranks):
     with pytest.raises(TypeError, match="integer"):

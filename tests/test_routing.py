@@ -137,20 +137,3 @@ def test_never_waits_for_the_gpu_and_can_be_captured(dtype):
         static.copy_(top_k_index)
         graph.replay()
         check(top_k_index, 64, routing)
-
-
-@pytest.mark.parametrize(
-    "top_k_index, message",
-    [
-        (torch.zeros(3, dtype=torch.int64), r"top_k_index is torch.int64 of shape \(3,\); it must be int32 or int64"),
-        (torch.zeros(3, 2), r"top_k_index is torch.float32 of shape \(3, 2\)"),
-        (torch.zeros(3, 2, dtype=torch.bool), "top_k_index is torch.bool"),
-        (torch.zeros(3, 2, dtype=torch.uint8), "top_k_index is torch.uint8"),
-        (torch.tensor([[0, 5]]), r"top_k_index holds 0..5; it must be from 0 to 4, where 4 itself drops the pair"),
-        (torch.tensor([[-1, 2]]), r"top_k_index holds -1..2"),
-    ],
-    ids=["vector", "float", "bool", "uint8", "too high", "negative"],
-)
-def test_choices_that_are_none(top_k_index, message):
-    with pytest.raises(ValueError, match=message):
-        Routing.from_topk(top_k_index, 4)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from lrlora_ops import DynamicRank, LearnedRank, apply_lora
+from lrlora_ops.finetune.records import encode_records, read_records
 
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-from tests._chat import save_chat_model, save_chats  # noqa: E402
+from tests._chat import TEMPLATE, save_chat_model, save_chats  # noqa: E402
 from tests._training import Statistics, assert_same, state_of  # noqa: E402
 
 METHODS = {
@@ -74,3 +78,52 @@ def test_statistics_do_not_depend_on_how_a_batch_is_split():
     for one, other in zip(seen[0][:3], seen[1][:3], strict=True):
         assert any(t.any() for t in one)
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+GENERATION = TEMPLATE.replace(
+    "{{ message['content'] }}<|im_end|>\n",
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>\n{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}",
+)
+
+
+def by_trl(file, tokenizer, **settings):
+    """The tokens of a file's rows, those that do not count for the loss as ~token."""
+    run = trl.SFTTrainer(
+        "model",
+        trl.SFTConfig("run", use_cpu=True, report_to=[], max_length=None, **settings),
+        train_dataset=datasets.load_dataset("json", data_files=file, split="train"),
+        processing_class=tokenizer,
+    )
+    return [
+        [~token if label == -100 else token for token, label in zip(row["input_ids"], row["labels"], strict=True)]
+        for row in run.train_dataset
+    ]
+
+
+def test_the_command_learns_from_the_tokens_that_trl_learns_from():
+    """Completions, and what the assistant says, told by the template or by its parts; a cut leaves the beginning."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained("model")
+    pairs = [{"prompt": "2 + 3 is", "completion": " 5"}, {"prompt": "é", "completion": "à, ü"}]
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    turn = [{"role": "user", "content": "And 1 + 1?"}, {"role": "assistant", "content": "2"}]
+    chats = [json.loads(line) for line in Path("chats.jsonl").read_text().splitlines()[:3]]
+    chats[1]["messages"] += turn
+    Path("turns.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+
+    def ours(file, seq_len=999):
+        examples, cut = encode_records(tokenizer, read_records(Path(file)), seq_len)
+        return [example.tolist() for example in examples.examples], examples, cut
+
+    expected = by_trl("pairs.jsonl", tokenizer)
+    rows, examples, cut = ours("pairs.jsonl")
+    assert rows == expected and cut == 0
+    assert examples.num_bytes == len(" 5à, ü".encode()) + 2 * len("<|im_end|>")
+    rows, _, cut = ours("pairs.jsonl", 9)
+    assert rows == [expected[0][:9], expected[1][:9]] and cut == 1
+
+    by_parts, _, _ = ours("turns.jsonl")
+    tokenizer.chat_template = GENERATION
+    assert ours("turns.jsonl")[0] == by_trl("turns.jsonl", tokenizer, assistant_only_loss=True)
+    assert by_parts == ours("turns.jsonl")[0]
+    assert [sum(token >= 0 for token in row) for row in by_parts][1] > len("2<|im_end|>")

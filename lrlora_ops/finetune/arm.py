@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.evaluate import bits_per_byte
 from lrlora_ops.finetune.progress import rank_list, training_progress
 from lrlora_ops.finetune.routing import routing_shares
-from lrlora_ops.finetune.tokens import EncodedText, batches
-from lrlora_ops.finetune.trainer import Recipe, train
+from lrlora_ops.finetune.tokens import EncodedExamples, EncodedText, batches
+from lrlora_ops.finetune.trainer import Recipe, Trainer
 from lrlora_ops.methods import Method
 
 ADAM_COPIES = 4  # a trained parameter has a gradient and two moments beside it
@@ -29,14 +30,14 @@ class Texts:
     """What to train on and what to measure on.
 
     Attributes:
-        train: Pairs of a stream of tokens and how many rows of a batch come from it.
+        train: Pairs of a stream of tokens, or of examples, and how many rows of a batch come from it.
         held_out: Texts by name, of which no part is trained on.
         seq_len: Tokens in a row, in training and in measuring.
         forgotten: Names of held-out texts of kinds that are not trained on: what the model should not unlearn.
     """
 
-    train: Sequence[tuple[Tensor, int]]
-    held_out: dict[str, EncodedText]
+    train: Sequence[tuple[Tensor | Sequence[Tensor], int]]
+    held_out: Mapping[str, EncodedText | EncodedExamples]
     seq_len: int
     forgotten: tuple[str, ...] = ()
 
@@ -44,6 +45,14 @@ class Texts:
     def rows(self) -> int:
         """Rows in a batch."""
         return sum(rows for _, rows in self.train)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens in a batch without padding, in the mean."""
+        return sum(
+            rows * (self.seq_len if isinstance(source, Tensor) else sum(map(len, source)) / len(source))
+            for source, rows in self.train
+        )
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Bits per byte of every held-out text."""
@@ -58,11 +67,15 @@ class ArmPlan:
         name: In tables and progress bars.
         method: The method's settings for a run of so many steps.
         targets: As ``apply_lora`` takes them.
+        lora_alpha: As ``apply_lora`` takes it.
+        dropout: As ``apply_lora`` takes it.
     """
 
     name: str
     method: Callable[[int], Method]
     targets: str | Sequence[str] = "all-linear"
+    lora_alpha: float | None = None
+    dropout: float = 0.0
 
     def apply(self, model: nn.Module, steps: int, seed: int) -> Adapters:
         """Put new adapters into the model.
@@ -72,7 +85,7 @@ class ArmPlan:
         """
         torch.manual_seed(seed)
         try:
-            return apply_lora(model, self.method(steps), self.targets)
+            return apply_lora(model, self.method(steps), self.targets, lora_alpha=self.lora_alpha, dropout=self.dropout)
         except ValueError as error:
             raise CommandError(str(error)) from error
 
@@ -134,17 +147,43 @@ class Arm:
         """Ranks and routing by layer and expert; None without adapted experts."""
         return ExpertMap.of(self.expert_ranks, self.routing) if self.expert_ranks else None
 
-    def train(self, texts: Texts, seed: int, console: Console) -> None:
-        """Train the adapters and measure the model; the same seed gives every arm the same batches."""
+    def trainer(self) -> Trainer:
+        """A new one for the adapters."""
+        return Trainer(self.model, self.recipe, self.adapters)
+
+    def train(
+        self,
+        texts: Texts,
+        seed: int,
+        console: Console,
+        trainer: Trainer | None = None,
+        after_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Train the adapters and measure the model; the same seed gives every arm the same batches.
+
+        Args:
+            texts: What to train and to measure on.
+            seed: Of the batches.
+            console: For the progress bar.
+            trainer: Of these adapters; it may have made steps before, and goes on with the batches after them.
+            after_step: Called after each step.
+        """
         steps, device = self.recipe.steps, self.adapters.parameters()[0].device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         held_at_start = self._held()
-        stream = batches(texts.train, texts.seq_len, steps, seed)
-        tokens_per_step = texts.rows * texts.seq_len
-        with training_progress(console, self.plan.name, steps, tokens_per_step, self.adapters) as on_step:
+        trainer = trainer or self.trainer()
+        stream = islice(batches(texts.train, texts.seq_len, steps, seed), trainer.steps, None)
+        with training_progress(
+            console, self.plan.name, steps, texts.tokens_per_step, self.adapters, trainer.steps
+        ) as show:
+
+            def on_step(loss: float) -> None:
+                show(loss)
+                after_step()
+
             start = time.perf_counter()
-            train(self.model, stream, self.recipe, on_step, self.adapters)
+            trainer.run(stream, on_step)
             self.seconds = time.perf_counter() - start
         self.held = held_at_start, self._held()
         if device.type == "cuda":

@@ -10,17 +10,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lrlora_ops import Adapters, DynamicRank, FixedRank, LearnedRank, apply_lora, load_adapter
+from lrlora_ops import Adapters, apply_lora, load_adapter
 from lrlora_ops.doctor import Finding, Report, examine
 from lrlora_ops.finetune.bandwidth import copy_bandwidth, judged
+from lrlora_ops.finetune.config import METHODS
 from lrlora_ops.finetune.errors import CheckFailed, CommandError
 from lrlora_ops.finetune.machine import describe, pick_device
 from lrlora_ops.finetune.pretrained import load_pretrained
-from lrlora_ops.methods import Method
 from lrlora_ops.ops._backends import backend_reason
 
 ROWS, TOKENS, SEED = 2, 16, 0
-METHODS: dict[str, Method] = {"fixed": FixedRank(), "learned": LearnedRank(), "dynamic": DynamicRank()}
 _RUN_FILES = ("lrlora_state.json", "adapter_config.json")
 
 
@@ -83,7 +82,7 @@ def _adapted(
     try:
         if is_run:
             return load_adapter(model, directory)
-        return apply_lora(model, METHODS[method], targets or ["experts" if method == "dynamic" else "all-linear"])
+        return apply_lora(model, METHODS[method](), targets or ["experts" if method == "dynamic" else "all-linear"])
     except ValueError as error:
         raise CommandError(str(error)) from error
 

@@ -98,7 +98,9 @@ def traced(directory: Path, targets: Sequence[str], tokens: int) -> Trace:
         return trace(model, find_targets(model, list(targets)), tokens)
     except Exception as error:  # transformers raises many kinds for a config that is damaged or of another kind
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CommandError(f"{directory} cannot be planned as a causal language model: {reason[0]}") from error
+        raise CommandError(
+            f"{directory} cannot be planned as a causal language model: {reason[0]}; give another MODEL"
+        ) from error
 
 
 def by_kind(layers: Sequence[Layer]) -> dict[str, list[Layer]]:

@@ -39,7 +39,9 @@ def load_pretrained(directory: Path, device: torch.device, dtype: str = "auto") 
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a directory that is damaged or of another kind
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CommandError(f"{directory} cannot be loaded as a causal language model: {reason[0]}") from error
+        raise CommandError(
+            f"{directory} cannot be loaded as a causal language model: {reason[0]}; give another --model"
+        ) from error
     if model.dtype == torch.float16:
         raise CommandError("the model is in float16, which trains only with loss scaling: add --dtype bfloat16")
     return model.to(device), tokenizer

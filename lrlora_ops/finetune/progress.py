@@ -15,9 +15,17 @@ from lrlora_ops import Adapters
 
 @contextmanager
 def training_progress(
-    console: Console, title: str, steps: int, tokens_per_step: int, adapters: Adapters | None = None
+    console: Console,
+    title: str,
+    steps: int,
+    tokens_per_step: float,
+    adapters: Adapters | None = None,
+    done: int = 0,
 ) -> Iterator[Callable[[float], None]]:
-    """Show a bar, with the lowest, mean and highest rank; call what it yields with the loss after every step."""
+    """Show a bar, with the lowest, mean and highest rank; call what it yields with the loss after every step.
+
+    Of the steps, ``done`` were made before, in the run that this one resumes.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
@@ -26,18 +34,18 @@ def training_progress(
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=steps, status="")
-        start, done, smooth = time.perf_counter(), 0, 0.0
+        task = progress.add_task(title, total=steps, completed=done, status="")
+        start, made, smooth = time.perf_counter(), 0, 0.0
 
         def on_step(loss: float) -> None:
-            nonlocal done, smooth
-            done += 1
-            smooth = loss if done == 1 else 0.95 * smooth + 0.05 * loss
-            speed = done * tokens_per_step / (time.perf_counter() - start)
+            nonlocal made, smooth
+            made += 1
+            smooth = loss if made == 1 else 0.95 * smooth + 0.05 * loss
+            speed = made * tokens_per_step / (time.perf_counter() - start)
             status = f"loss {smooth:.3f} · {speed:,.0f} tokens/s"
             if adapters is not None:
                 status += f" · ranks {spread(rank_list(adapters))}"
-            progress.update(task, completed=done, status=status)
+            progress.update(task, completed=done + made, status=status)
 
         yield on_step
 

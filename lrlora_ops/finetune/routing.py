@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrlora_ops import Adapters
-from lrlora_ops.finetune.tokens import EncodedText
+from lrlora_ops.finetune.tokens import EncodedExamples, EncodedText
 from lrlora_ops.modules import VariableRankLoRAExperts
 
 MOST_WINDOWS = 32
@@ -17,7 +17,11 @@ MOST_WINDOWS = 32
 
 @torch.no_grad()
 def routing_shares(
-    model: nn.Module, adapters: Adapters, texts: Mapping[str, EncodedText], seq_len: int, batch_size: int
+    model: nn.Module,
+    adapters: Adapters,
+    texts: Mapping[str, EncodedText | EncodedExamples],
+    seq_len: int,
+    batch_size: int,
 ) -> dict[str, dict[str, Tensor]]:
     """The share of a text's rows that each expert gets, by text and by adapter of experts.
 

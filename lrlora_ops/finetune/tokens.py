@@ -1,14 +1,19 @@
-"""Text as tokens: a tokenizer trained on the spot, documents as one stream, random training batches."""
+"""Text as tokens: a tokenizer trained on the spot, documents as one stream, random training batches.
+
+A token that is read but not to be predicted, of a prompt say, is stored as ``~token``, a negative number.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 SEPARATOR = "<|endoftext|>"
 
@@ -46,6 +51,43 @@ class EncodedText:
     tokens: Tensor
     num_bytes: int
 
+    def rows(self, seq_len: int) -> list[Tensor]:
+        """Windows of ``seq_len`` tokens, in which every token but the first of the text is predicted once."""
+        # Neighbouring windows share a token: the last that one predicts is the first that the next one reads.
+        return [self.tokens[start : start + seq_len] for start in range(0, len(self.tokens) - 1, seq_len - 1)]
+
+
+@dataclass(frozen=True)
+class EncodedExamples:
+    """Prompts with their completions, or conversations: each a row of its own.
+
+    Attributes:
+        examples: int64 ``[T]`` each, on the host; what is not to be predicted as ``~token``.
+        num_bytes: Length in UTF-8 of what is to be predicted.
+    """
+
+    examples: Sequence[Tensor]
+    num_bytes: int
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 ``[T]``: all examples as one stream, to be read and not to be learned from."""
+        return inputs_and_labels(torch.cat(list(self.examples)))[0]
+
+    def rows(self, seq_len: int) -> list[Tensor]:
+        """The examples, which are cut to ``seq_len`` tokens already."""
+        return list(self.examples)
+
+
+def collate(rows: Sequence[Tensor]) -> Tensor:
+    """int64 ``[rows, longest row]``: shorter rows get tokens at their end that nothing reads or predicts."""
+    return pad_sequence(list(rows), batch_first=True, padding_value=~0)
+
+
+def inputs_and_labels(batch: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model reads, and what it is to predict, which is -100 where nothing is."""
+    return torch.where(batch < 0, ~batch, batch), batch.masked_fill(batch < 0, -100)
+
 
 def encode(tokenizer: Any, documents: Sequence[str]) -> EncodedText:
     """The documents in order, each after the tokenizer's end-of-text (or begin-of-text) token if it has one."""
@@ -56,22 +98,35 @@ def encode(tokenizer: Any, documents: Sequence[str]) -> EncodedText:
     return EncodedText(tokens, sum(len(document.encode()) for document in documents))
 
 
-def batches(streams: Sequence[tuple[Tensor, int]], seq_len: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Yield ``steps`` batches of random windows, the same ones for the same seed.
+def batches(
+    sources: Sequence[tuple[Tensor | Sequence[Tensor], int]], seq_len: int, steps: int, seed: int
+) -> Iterator[Tensor]:
+    """Yield ``steps`` batches of random windows of texts, or of shuffled examples, the same ones for the same seed.
 
     Args:
-        streams: Pairs of tokens ``[T]``, T >= seq_len, and how many rows of each batch come from them.
+        sources: Pairs of tokens ``[T]``, T >= seq_len, or of examples, and how many rows of each batch come from them.
         seq_len: Tokens in a row.
         steps: How many batches.
-        seed: Of the windows' places.
+        seed: Of the windows' places and the examples' order.
 
     Yields:
-        int64 ``[sum of rows, seq_len]``.
+        int64 ``[sum of rows, seq_len]``, or as long as the longest example in it.
     """
     generator = torch.Generator().manual_seed(seed)
+    shuffled = [_shuffled(source, generator) for source, _ in sources]
     for _ in range(steps):
-        rows = []
-        for tokens, count in streams:
-            starts = torch.randint(len(tokens) - seq_len + 1, (count,), generator=generator).tolist()
-            rows += [tokens[start : start + seq_len] for start in starts]
-        yield torch.stack(rows)
+        rows: list[Tensor] = []
+        for (source, count), examples in zip(sources, shuffled, strict=True):
+            if isinstance(source, Tensor):
+                starts = torch.randint(len(source) - seq_len + 1, (count,), generator=generator).tolist()
+                rows += [source[start : start + seq_len] for start in starts]
+            else:
+                rows += islice(examples, count)
+        yield collate(rows)
+
+
+def _shuffled(examples: Tensor | Sequence[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
+    """The examples without end, in another order each time."""
+    while True:
+        for index in torch.randperm(len(examples), generator=generator).tolist():
+            yield examples[index]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from lrlora_ops._checkpoint import write_tensors
 from lrlora_ops._targets import matches
 from lrlora_ops.adapters import Adapters
 from lrlora_ops.integrations._factors import Factors, all_factors
@@ -106,7 +106,7 @@ def write(adapters: Adapters, directory: Path, server: Server) -> int:
                 tensors[f"{PREFIX}{layer}.lora_{letter}.weight"] = matrix.clone(memory_format=torch.contiguous_format)
         own = re.escape(name) if "" in factors else re.escape(experts_name(name, family)) + r"(\..+)?"
         patterns.setdefault(ranks[name], []).append(own)
-    save_file(tensors, directory / TENSOR_FILE, {"format": "pt"})
+    write_tensors(tensors, directory / TENSOR_FILE, {"format": "pt"})
     config = _config(patterns, list(tensors))
     config["base_model_name_or_path"] = getattr(adapters.model, "name_or_path", None) or None
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

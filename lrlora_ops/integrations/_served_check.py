@@ -41,7 +41,10 @@ def check(adapters: Adapters, directory: Path, server: Server) -> float:
             differences.append(check_linear(module, _AdaptedLinear(layer, read.pop(name, None))))
     extra = [name for name, (a, b) in read.items() if bool((b.mT @ a).any())]
     if extra:
-        raise RuntimeError(f"{server.name} would adapt {extra[:5]}, which has no adapter here; nothing was exported")
+        raise RuntimeError(
+            f"{server.name} would adapt {extra[:5]}, which has no adapter here; nothing was exported: use "
+            "format='merged'"
+        )
     return max(differences)
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from lrlora_ops._checkpoint import write_tensors
 from lrlora_ops.adapters import Adapters
 from lrlora_ops.modules import VariableRankLoRALinear
 from lrlora_ops.modules._adapter import RankAdapter
@@ -87,7 +88,7 @@ def _updated(adapters: Adapters, stash: Path) -> Iterator[None]:
     stored: list[str] = []
     try:
         for name, module in adapters.modules.items():
-            save_file({key or "weight": t.detach().contiguous() for key, t in weights[name].items()}, stash / name)
+            write_tensors({key or "weight": t.detach().contiguous() for key, t in weights[name].items()}, stash / name)
             stored.append(name)
             for projection, weight in weights[name].items():
                 module.add_update(projection, weight.detach(), getattr(hosts[name], "is_transposed", False))

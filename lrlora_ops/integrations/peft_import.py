@@ -39,6 +39,8 @@ _HARMLESS = {
 }
 # They change the base weights, which a LoRA checkpoint does not hold.
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+_MERGE = "merge it with PEFT's merge_and_unload, and adapt the merged model"
+_THE_MODEL = "load the model that the checkpoint was trained on"
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _refuse(config: Mapping[str, Any]) -> None:
     """Raises ValueError for what plain LoRA cannot represent."""
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"the checkpoint is of PEFT's method {config.get('peft_type')!r}; only LORA can be loaded")
+        raise ValueError(
+            f"the checkpoint is of PEFT's method {config.get('peft_type')!r}; only LORA can be loaded: {_MERGE}"
+        )
     settings = {name: value for name, value in config.items() if name not in _HARMLESS and value}
     if settings.get("init_lora_weights") in _HARMLESS_INITS:
         settings.pop("init_lora_weights", None)
@@ -103,7 +107,7 @@ def _refuse(config: Mapping[str, Any]) -> None:
     if settings:
         raise ValueError(
             f"the checkpoint has {', '.join(f'{name}={value!r}' for name, value in settings.items())}, which plain "
-            "LoRA cannot represent; merge it with PEFT's merge_and_unload, and adapt the merged model"
+            f"LoRA cannot represent; {_MERGE}"
         )
 
 
@@ -115,7 +119,7 @@ def _factors(
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
         if match is None:
-            raise ValueError(f"the checkpoint holds {key}, which is not a LoRA matrix; only these can be loaded")
+            raise ValueError(f"the checkpoint holds {key}, which is not a LoRA matrix; {_MERGE}")
         pairs.setdefault(match[1], {})[match[2]] = tensor
     found: dict[str, dict[str, Factors]] = {}
     for wrapped, pair in pairs.items():
@@ -123,7 +127,9 @@ def _factors(
         try:
             layer, (a, b) = model.get_submodule(name), (pair["A"], pair["B"])
         except (AttributeError, KeyError) as error:
-            raise ValueError(f"{wrapped} of the checkpoint has no layer in this model, or lacks a matrix") from error
+            raise ValueError(
+                f"{wrapped} of the checkpoint has no layer in this model, or lacks a matrix; {_THE_MODEL}"
+            ) from error
         if is_experts(layer):
             projection = _projection(name, layer, wrapped.count(".base_layer"), config)
             found.setdefault(name, {})[projection] = _of_experts(
@@ -142,7 +148,7 @@ def _projection(name: str, experts: Any, depth: int, config: Mapping[str, Any]) 
     if depth >= len(wrapped) or wrapped[-1 - depth] not in adaptable:
         raise ValueError(
             f"{name}: of its parameters {adaptable} can be adapted, and target_parameters are "
-            f"{config.get('target_parameters')}"
+            f"{config.get('target_parameters')}; {_MERGE}"
         )
     return wrapped[-1 - depth]
 
@@ -157,7 +163,7 @@ def _of_experts(name: str, experts: Any, projection: str, a: Tensor, b: Tensor, 
         swapped = is_swapped(a.shape[1], *features, experts.is_transposed, config.get("peft_version"))
         components = expert_components(a, b, num_experts, swapped)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} does not fit the checkpoint: {error}") from error
+        raise ValueError(f"{name} does not fit the checkpoint: {error}; {_THE_MODEL}") from error
     return _checked(name, *components, *features, config)
 
 
@@ -174,7 +180,7 @@ def _checked(
     if (a.shape[2], b.shape[2], b.shape[1]) != (in_features, out_features, rank):
         raise ValueError(
             f"{name} maps {in_features} to {out_features} features, and the checkpoint's matrices are of rank {rank} "
-            f"and {b.shape[1]} and map {a.shape[2]} to {b.shape[2]}; load the model that the checkpoint was trained on"
+            f"and {b.shape[1]} and map {a.shape[2]} to {b.shape[2]}; {_THE_MODEL}"
         )
     alpha = of_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
     return Factors(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
