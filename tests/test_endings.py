@@ -102,6 +102,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(uninterrupted, tmp_path, monk
     assert_one_line(result, words, code=130)
     resumed = invoke("finetune", "--resume", output)
     assert resumed.exit_code == 0, (resumed.output, resumed.exception)
+    assert "12/12" in resumed.output
     whole, said = uninterrupted(name)
     assert_same(saved(output), saved(whole))
     assert [line for line in resumed.output.splitlines() if "held-out text" in line] == [

@@ -15,6 +15,7 @@ from lrlora_ops import DynamicRank, FixedRank, LearnedRank
 from lrlora_ops.cli import app
 from lrlora_ops.finetune.config import METHOD_MODELS, METHODS, FineTuneConfig, option_paths
 from lrlora_ops.finetune.config_file import read_config
+from lrlora_ops.finetune.errors import CommandError
 
 PAGE = (Path(__file__).parents[1] / "docs" / "command.md").read_text()
 BASE = {"model": Path("model"), "train": [Path("text")]}
@@ -103,6 +104,16 @@ def test_the_page_s_file_is_read(tmp_path):
     assert config.train == [Path("chats.jsonl")] and config.seq_len == 1024
     made = config.method.method(total_steps=config.steps, seed=config.seed)
     assert made == LearnedRank(4.0, 32, 1000, tau=(1.0, 0.3), freeze=0.7)
+
+
+def test_the_page_s_mistake_is_told_as_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("train.yaml").write_text(
+        re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1].replace("steps: 1000", "step: 1000")
+    )
+    with pytest.raises(CommandError) as raised:
+        read_config(Path("train.yaml"), {})
+    assert f"`{raised.value}`" in PAGE
 
 
 def test_exit_codes_are_the_page_s():
