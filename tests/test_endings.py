@@ -52,7 +52,7 @@ def run(name, output, *options):
 
 
 def invoke(*words):
-    return CliRunner().invoke(app, [str(word) for word in words])
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "120"})
 
 
 def press_after(monkeypatch, steps):
