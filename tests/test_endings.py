@@ -1,5 +1,6 @@
 """Runs of lrlora finetune that end early: what they leave, what they say, and that they go on as if they had not."""
 
+import errno
 import signal
 
 import pytest
@@ -169,13 +170,32 @@ def test_a_full_disk(tmp_path, monkeypatch, save_steps, words):
     )
 
 
-def test_a_full_disk_at_ctrl_c(tmp_path, monkeypatch):
-    def full(*_):
-        raise NO_SPACE
+@pytest.mark.parametrize(
+    "words, error, code",
+    [
+        ("is full at step 3; nothing is saved: make room, then start anew", NO_SPACE, 3),
+        (
+            r"cannot be written \(.*Permission denied.*\); nothing is saved: put that right, then start anew",
+            SafetensorError("I/O error: Permission denied (os error 13)"),
+            2,
+        ),
+    ],
+)
+def test_a_disk_that_takes_nothing_at_ctrl_c(tmp_path, monkeypatch, words, error, code):
+    def refuse(*_):
+        raise error
 
-    monkeypatch.setattr(_checkpoint, "save_file", full)
+    monkeypatch.setattr(_checkpoint, "save_file", refuse)
     press_after(monkeypatch, 3)
-    assert_one_line(run("learned", tmp_path), "full at step 3; nothing is saved", code=3)
+    assert_one_line(run("learned", tmp_path), words, code)
+
+
+def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "config.yaml")
+
+    monkeypatch.setattr(own_text.yaml, "safe_dump", full)
+    assert_one_line(run("learned", tmp_path), r"disk is full \(.*config.yaml.*\): make room, or choose another", code=3)
 
 
 def test_out_of_memory(tmp_path, monkeypatch):
