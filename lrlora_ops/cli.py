@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -28,7 +27,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from lrlora_ops.finetune.errors import CheckFailed, CommandError, DiskFull, OutOfMemory, Stopped
+from lrlora_ops.finetune.errors import CheckFailed, CommandError, DiskFull, OutOfMemory, Stopped, disk_is_full
 from lrlora_ops.finetune.options import with_options
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of it that newer versions of typer hold
@@ -50,7 +49,9 @@ class OneLineErrors(TyperGroup):
         except (CommandError, CheckFailed) as error:
             exit_with(str(error), error.code)
         except OSError as error:
-            exit_with(str(error), DiskFull.code if error.errno in (errno.ENOSPC, errno.EDQUOT) else CommandError.code)
+            if disk_is_full(error):
+                exit_with(f"the disk is full ({error}): make room, or choose another directory", DiskFull.code)
+            exit_with(str(error), CommandError.code)
         except torch.OutOfMemoryError:
             advice = "lower --batch-size or --seq-len, or add --dtype bfloat16"
             exit_with(f"the GPU's memory is full; nothing is saved: {advice}", OutOfMemory.code)

@@ -1,5 +1,6 @@
 """Runs of lrlora finetune that end early: what they leave, what they say, and that they go on as if they had not."""
 
+import errno
 import signal
 
 import pytest
@@ -19,10 +20,11 @@ from tests._training import assert_same
 
 LEARNED = {"name": "learned", "mean_rank": 2}  # of 12 steps, compacted after the tenth
 DYNAMIC = {"name": "dynamic", "initial_rank": 1, "target_rank": 2, "max_rank": 4, "interval": 2, "warmup": 0.1}
+BOTH = {"experts": DYNAMIC, "all-linear": LEARNED}
 SMALL = {"steps": 12, "batch_size": 2, "seq_len": 32, "lr": 1e-2, "device": "cpu"}
 CASES = {
     "learned": {"model": "llama", "train": ["text"], "method": LEARNED, "dropout": 0.2},
-    "dynamic": {"model": "chat", "train": ["chats.jsonl"], "method": DYNAMIC, "seq_len": 128},
+    "dynamic": {"model": "chat", "train": ["chats.jsonl"], "methods": BOTH, "seq_len": 128},
 }
 
 
@@ -51,7 +53,7 @@ def run(name, output, *options):
 
 
 def invoke(*words):
-    return CliRunner().invoke(app, [str(word) for word in words])
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "120"})
 
 
 def press_after(monkeypatch, steps):
@@ -102,6 +104,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(uninterrupted, tmp_path, monk
     assert_one_line(result, words, code=130)
     resumed = invoke("finetune", "--resume", output)
     assert resumed.exit_code == 0, (resumed.output, resumed.exception)
+    assert "12/12" in resumed.output
     whole, said = uninterrupted(name)
     assert_same(saved(output), saved(whole))
     assert [line for line in resumed.output.splitlines() if "held-out text" in line] == [
@@ -167,13 +170,32 @@ def test_a_full_disk(tmp_path, monkeypatch, save_steps, words):
     )
 
 
-def test_a_full_disk_at_ctrl_c(tmp_path, monkeypatch):
-    def full(*_):
-        raise NO_SPACE
+@pytest.mark.parametrize(
+    "words, error, code",
+    [
+        ("is full at step 3; nothing is saved: make room, then start anew", NO_SPACE, 3),
+        (
+            r"cannot be written \(.*Permission denied.*\); nothing is saved: put that right, then start anew",
+            SafetensorError("I/O error: Permission denied (os error 13)"),
+            2,
+        ),
+    ],
+)
+def test_a_disk_that_takes_nothing_at_ctrl_c(tmp_path, monkeypatch, words, error, code):
+    def refuse(*_):
+        raise error
 
-    monkeypatch.setattr(_checkpoint, "save_file", full)
+    monkeypatch.setattr(_checkpoint, "save_file", refuse)
     press_after(monkeypatch, 3)
-    assert_one_line(run("learned", tmp_path), "full at step 3; nothing is saved", code=3)
+    assert_one_line(run("learned", tmp_path), words, code)
+
+
+def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "config.yaml")
+
+    monkeypatch.setattr(own_text.yaml, "safe_dump", full)
+    assert_one_line(run("learned", tmp_path), r"disk is full \(.*config.yaml.*\): make room, or choose another", code=3)
 
 
 def test_out_of_memory(tmp_path, monkeypatch):

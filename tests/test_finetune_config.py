@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytest.importorskip("pydantic")
 pytest.importorskip("typer")
@@ -15,13 +16,14 @@ from lrlora_ops import DynamicRank, FixedRank, LearnedRank
 from lrlora_ops.cli import app
 from lrlora_ops.finetune.config import METHOD_MODELS, METHODS, FineTuneConfig, option_paths
 from lrlora_ops.finetune.config_file import read_config
+from lrlora_ops.finetune.errors import CommandError
 
 PAGE = (Path(__file__).parents[1] / "docs" / "command.md").read_text()
 BASE = {"model": Path("model"), "train": [Path("text")]}
 
 
 def method(**options):
-    return read_config(None, BASE | options).method.method(total_steps=50, seed=3)
+    return read_config(None, BASE | {"seed": 3} | options).method_for(50)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -49,6 +51,20 @@ def test_settings_reach_their_method():
     assert method(mean_rank=2.5) == LearnedRank(2.5, 10, 50, seed=3)  # at most four times the mean
     grown = method(method="dynamic", interval=7, score="saliency")
     assert grown == DynamicRank(total_steps=50, interval=7, score="saliency")
+
+
+def test_methods_by_pattern(tmp_path):
+    """In order; what a run writes down of it is read again."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: m\ntrain: [t]\nmethods:\n  experts: {name: dynamic, interval: 5}\n  all-linear: {name: learned}\n"
+    )
+    config = read_config(file, {})
+    expected = {"experts": DynamicRank(total_steps=9, interval=5), "all-linear": LearnedRank(total_steps=9)}
+    assert config.layers == list(config.method_for(9)) == list(expected)
+    assert config.method_for(9) == expected and config.method_names == "DynamicRank, LearnedRank"
+    file.write_text(yaml.safe_dump(config.resolved(), sort_keys=False))
+    assert read_config(file, {}).method_for(9) == expected
 
 
 @pytest.mark.parametrize("options, layers", [({}, ["all-linear"]), ({"method": "dynamic"}, ["experts"])])
@@ -101,8 +117,23 @@ def test_the_page_s_file_is_read(tmp_path):
     (tmp_path / "train.yaml").write_text(re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1])
     config = read_config(tmp_path / "train.yaml", {"mean_rank": 4.0})
     assert config.train == [Path("chats.jsonl")] and config.seq_len == 1024
-    made = config.method.method(total_steps=config.steps, seed=config.seed)
-    assert made == LearnedRank(4.0, 32, 1000, tau=(1.0, 0.3), freeze=0.7)
+    assert config.method_for(1000) == LearnedRank(4.0, 32, 1000, tau=(1.0, 0.3), freeze=0.7)
+
+
+def test_the_page_s_methods_are_read(tmp_path):
+    (tmp_path / "moe.yaml").write_text("model: m\ntrain: [t]\n" + re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1])
+    made = read_config(tmp_path / "moe.yaml", {}).method_for(500)
+    assert made == {"experts": DynamicRank(total_steps=500, interval=50), "all-linear": LearnedRank(8, 32, 500)}
+
+
+def test_the_page_s_mistake_is_told_as_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("train.yaml").write_text(
+        re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1].replace("steps: 1000", "step: 1000")
+    )
+    with pytest.raises(CommandError) as raised:
+        read_config(Path("train.yaml"), {})
+    assert f"`{raised.value}`" in PAGE
 
 
 def test_exit_codes_are_the_page_s():

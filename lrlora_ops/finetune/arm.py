@@ -65,14 +65,14 @@ class ArmPlan:
 
     Attributes:
         name: In tables and progress bars.
-        method: The method's settings for a run of so many steps.
+        method: The method's settings for a run of so many steps, or those of several by pattern.
         targets: As ``apply_lora`` takes them.
         lora_alpha: As ``apply_lora`` takes it.
         dropout: As ``apply_lora`` takes it.
     """
 
     name: str
-    method: Callable[[int], Method]
+    method: Callable[[int], Method | Mapping[str, Method]]
     targets: str | Sequence[str] = "all-linear"
     lora_alpha: float | None = None
     dropout: float = 0.0

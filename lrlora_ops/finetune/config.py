@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
@@ -73,6 +73,11 @@ def _settings_model(name: str, method: Any) -> type[MethodSettings]:
 
 METHOD_MODELS = {name: _settings_model(name, method) for name, method in METHODS.items()}
 
+if TYPE_CHECKING:
+    AnyMethod = MethodSettings
+else:
+    AnyMethod = Annotated[Union[tuple(METHOD_MODELS.values())], Field(discriminator="name")]  # noqa: UP007
+
 
 class FineTuneConfig(Strict):
     """Settings of ``lrlora finetune``."""
@@ -84,8 +89,11 @@ class FineTuneConfig(Strict):
         "line. Of prompt and completion only the completion counts for the loss, as in TRL; of messages, through the "
         "tokenizer's chat template, only what the assistant says (TRL's assistant_only_loss=True).",
     )
-    method: Annotated[Union[tuple(METHOD_MODELS.values())], Field(discriminator="name")] = Field(  # type: ignore[valid-type] # noqa: UP007
-        METHOD_MODELS["learned"](name="learned"), description="How ranks are chosen."
+    method: AnyMethod = Field(METHOD_MODELS["learned"](name="learned"), description="How ranks are chosen.")
+    methods: dict[str, AnyMethod] | None = Field(
+        None,
+        min_length=1,
+        description="In place of method and targets: names or globs of layers, each with its method; the first match.",
     )
     targets: list[str] | None = Field(
         None, min_length=1, description="Layers, as names or globs. Default: experts with dynamic, else all-linear."
@@ -111,18 +119,42 @@ class FineTuneConfig(Strict):
         "auto", description="Of the model; auto is the checkpoint's own."
     )
 
+    @model_validator(mode="after")
+    def _method_or_methods(self) -> FineTuneConfig:
+        if self.methods and self.model_fields_set & {"method", "targets"}:
+            raise ValueError("methods is given beside method or targets; leave out the one or the other")
+        return self
+
     @property
     def layers(self) -> list[str]:
-        """``targets``, or what the method is for."""
-        return self.targets or ["experts" if self.method.name == "dynamic" else "all-linear"]
+        """The keys of ``methods``, or ``targets``, or what ``method`` is for."""
+        default = "experts" if self.method.name == "dynamic" else "all-linear"
+        return list(self.methods or self.targets or [default])
+
+    @property
+    def method_names(self) -> str:
+        """Of the methods' classes, for titles."""
+        chosen = self.methods.values() if self.methods else [self.method]
+        return ", ".join(dict.fromkeys(METHODS[own.name].__name__ for own in chosen))
+
+    def method_for(self, steps: int) -> Method | dict[str, Method]:
+        """What ``apply_lora`` takes, for a run of so many steps: one method over all targets, or one by pattern."""
+        run = {"total_steps": steps, "seed": self.seed}
+        if self.methods:
+            return {pattern: own.method(**run) for pattern, own in self.methods.items()}
+        return self.method.method(**run)
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings as plain values, to be read again."""
+        return self.model_dump(mode="json", exclude={"method", "targets"} if self.methods else {"methods"})
 
 
 def option_paths() -> dict[str, tuple[str, ...]]:
-    """Where in the schema each option's value goes: top-level keys, then the methods' settings.
+    """Where in the schema each option's value goes: top-level keys, then the methods' settings; ``methods`` has none.
 
     A setting of a method that is called as a key of the run is, becomes ``method_lr`` and the like.
     """
-    paths: dict[str, tuple[str, ...]] = {name: (name,) for name in FineTuneConfig.model_fields}
+    paths: dict[str, tuple[str, ...]] = {name: (name,) for name in FineTuneConfig.model_fields if name != "methods"}
     paths["method"] = ("method", "name")
     for model in METHOD_MODELS.values():
         for name in model.model_fields:

@@ -108,8 +108,9 @@ class _Places:
 def _explain(error: Any, places: _Places) -> str:
     kind, context = error["type"], error.get("ctx", {})
     path: KeyPath = error["loc"]
-    method = path[1] if path[0] == "method" and len(path) > 1 else None
-    path = path[:1] + path[2:] if method else path
+    depth = {"method": 1, "methods": 2}.get(str(path[0]), len(path)) if path else 0
+    method = path[depth] if depth < len(path) else None
+    path = path[:depth] + path[depth + 1 :]  # without the name of the method, which is no key
     if kind == "extra_forbidden":
         return f"{places.of(path)} is no setting{f' of the method {method}' if method else ''}{_guess(path, method)}"
     if kind == "missing":
@@ -118,9 +119,9 @@ def _explain(error: Any, places: _Places) -> str:
         near = get_close_matches(str(context["tag"]), METHOD_MODELS, 1)
         guess = f"; did you mean {near[0]}?" if near else ""
         names = ", ".join(METHOD_MODELS)
-        return f"{places.of(('method', 'name'))} is {context['tag']!r}; it must be one of {names}{guess}"
+        return f"{places.of((*path, 'name'))} is {context['tag']!r}; it must be one of {names}{guess}"
     if kind == "union_tag_not_found":
-        return f"{places.of(('method',))} has no name; add 'name:' with one of {', '.join(METHOD_MODELS)}"
+        return f"{places.of(path)} has no name; add 'name:' with one of {', '.join(METHOD_MODELS)}"
     if kind == "value_error":  # a method's own words, which begin with the setting
         name, _, words = str(context["error"]).partition(" ")
         return f"{places.of((*path, name))} {words}"

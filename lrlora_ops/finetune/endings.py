@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from lrlora_ops.finetune import checkpoints
-from lrlora_ops.finetune.errors import CommandError, DiskFull, Diverged, OutOfMemory, Stopped
+from lrlora_ops.finetune.errors import CommandError, DiskFull, Diverged, OutOfMemory, Stopped, disk_is_full
 from lrlora_ops.finetune.trainer import Trainer
 
 ENDINGS = (KeyboardInterrupt, torch.OutOfMemoryError, OSError, Diverged)
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether there is no room, or no more of it is allowed."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def explained(error: BaseException, run: Path, trainer: Trainer, save: Callable[[], object]) -> CommandError:
@@ -47,7 +41,7 @@ def explained(error: BaseException, run: Path, trainer: Trainer, save: Callable[
         )
     if isinstance(error, Diverged):
         return Diverged(f"{error}, in a new run with --lr; {saved}{', an adapter from before it' if newest else ''}")
+    then = f"go on with: {again}" if newest else "start anew with another --output"
     if disk_is_full(error):
-        go_on = f"go on with: {again}" if newest else "start anew with another --output"
-        return DiskFull(f"the disk of {run} is full at step {trainer.steps}; {saved}: make room, then {go_on}")
-    return CommandError(f"{run} cannot be written ({error}); {saved}")
+        return DiskFull(f"the disk of {run} is full at step {trainer.steps}; {saved}: make room, then {then}")
+    return CommandError(f"{run} cannot be written ({error}); {saved}: put that right, then {then}")

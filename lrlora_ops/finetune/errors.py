@@ -1,5 +1,7 @@
 """What a user of the command line is told in one line, and the exit code that goes with it."""
 
+import errno
+
 
 class CommandError(Exception):
     """Bad input or a run that cannot go on; the message is one line and says what to do."""
@@ -35,3 +37,8 @@ class Stopped(CommandError):
     """The user stopped it."""
 
     code = 130
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether there is no room, or no more of it is allowed."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -16,7 +16,7 @@ from rich.console import Console
 from lrlora_ops.finetune import checkpoints
 from lrlora_ops.finetune.arm import Arm, ArmPlan, Texts
 from lrlora_ops.finetune.checks import comes_back, print_checks
-from lrlora_ops.finetune.config import METHODS, FineTuneConfig
+from lrlora_ops.finetune.config import FineTuneConfig
 from lrlora_ops.finetune.config_file import read_config
 from lrlora_ops.finetune.endings import ENDINGS, explained
 from lrlora_ops.finetune.errors import CommandError
@@ -42,7 +42,7 @@ def run_fine_tuning(config: FineTuneConfig, console: Console) -> None:
     written = config.model_copy(
         update={"model": config.model.absolute(), "train": [path.absolute() for path in config.train]}
     )
-    (config.output / CONFIG_FILE).write_text(yaml.safe_dump(written.model_dump(mode="json"), sort_keys=False))
+    (config.output / CONFIG_FILE).write_text(yaml.safe_dump(written.resolved(), sort_keys=False))
     _Run(config, inputs, console).carry_out(None)
 
 
@@ -73,12 +73,7 @@ class _Run:
     def plan(self) -> ArmPlan:
         """How the model is adapted."""
         config = self.config
-
-        def method(steps: int) -> Any:
-            return config.method.method(total_steps=steps, seed=config.seed)
-
-        name = METHODS[config.method.name].__name__
-        return ArmPlan(name, method, config.layers, config.lora_alpha, config.dropout)
+        return ArmPlan(config.method_names, config.method_for, config.layers, config.lora_alpha, config.dropout)
 
     def carry_out(self, checkpoint: Path | None) -> None:
         """Train, from a checkpoint if there is one, and check on a fresh copy of the model what was saved."""
