@@ -31,11 +31,11 @@ def at_home(tmp_path, monkeypatch):
     save_chats(tmp_path / "chats.jsonl")
 
 
-def sft(**settings):
+def sft(methods=METHODS, **settings):
     """A trainer with nothing but TRL's defaults and the callback."""
     model = transformers.AutoModelForCausalLM.from_pretrained("model")
     torch.manual_seed(3)
-    adapters = apply_lora(model, METHODS)
+    adapters = apply_lora(model, methods)
     arguments = {"per_device_train_batch_size": 2, "max_steps": 10, "learning_rate": 5e-3, "report_to": []}
     return adapters, trl.SFTTrainer(
         model,
@@ -63,11 +63,11 @@ def test_ranks_move_and_a_resumed_run_equals_an_uninterrupted_one():
 
 
 def test_statistics_do_not_depend_on_how_a_batch_is_split():
-    """TRL sums the tokens' losses and divides by their number in the whole batch; padding is demand like any token."""
+    """TRL sums the tokens' losses and divides by their number in the whole batch; each part has padding of its own."""
     seen = []
     for size, accumulation in ((6, 1), (2, 3)):
         settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-        adapters, run = sft(**settings, max_steps=9, bf16=False, pad_to_multiple_of=128)
+        adapters, run = sft(**settings, max_steps=9, bf16=False)
         for module in adapters.modules.values():
             for pool in module.pools().values():
                 torch.nn.init.normal_(pool.lora_B, std=0.1, generator=torch.Generator().manual_seed(0))
@@ -77,6 +77,16 @@ def test_statistics_do_not_depend_on_how_a_batch_is_split():
     for one, other in zip(seen[0][:3], seen[1][:3], strict=True):
         assert any(t.any() for t in one)
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_price_per_component_needs_nothing_but_the_callback():
+    """Its unit is the first loss that the trainer logs, whoever computes it."""
+    adapters, run = sft(
+        {"all-linear": LearnedRank(3, 6, penalty=0.1)}, max_steps=2, logging_steps=1, gradient_accumulation_steps=2
+    )
+    run.train()
+    loss = float(adapters.policies[0].first_loss)
+    assert loss == pytest.approx(run.state.log_history[0]["loss"], rel=1e-3) and adapters.policies[0].t == 2
 
 
 def test_the_page_runs(capsys):
