@@ -35,10 +35,12 @@ def expert_projections(experts: Any) -> tuple[str, str]:
     names = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
     for name in names:
         weight = getattr(experts, name, None)
-        if not isinstance(weight, Tensor) or weight.dim() != 3 or not weight.is_floating_point():
+        floating = isinstance(weight, Tensor) and weight.dim() == 3 and weight.is_floating_point()
+        # torchao's tensors say that they are bf16, but no product with rows grouped by expert takes them.
+        if not floating or type(weight).__module__.startswith("torchao."):
             raise ValueError(
-                f"{type(experts).__name__}.{name} is not a floating-point [experts, ., .] tensor; load the model "
-                "unquantised to adapt its experts"
+                f"{type(experts).__name__}.{name} is not a floating-point [experts, ., .] tensor but a "
+                f"{type(weight).__name__}; load the model with unquantised experts to adapt them"
             )
     return names
 
