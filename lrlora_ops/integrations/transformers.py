@@ -122,7 +122,7 @@ class _StepLoss:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._training_step = trainer, trainer.training_step
         self._sum: torch.Tensor | None = None
-        trainer.training_step = self._watched  # type: ignore[method-assign]
+        trainer.training_step = self._watched
 
     def _watched(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = self._training_step(*args, **kwargs)
@@ -137,7 +137,7 @@ class _StepLoss:
     def release(self) -> None:
         """Give the trainer its own method back, unless somebody else has replaced it since."""
         if self._trainer.training_step == self._watched:
-            self._trainer.training_step = self._training_step  # type: ignore[method-assign]
+            self._trainer.training_step = self._training_step
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

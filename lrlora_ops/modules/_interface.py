@@ -35,14 +35,27 @@ def expert_projections(experts: Any) -> tuple[str, str]:
     names = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
     for name in names:
         weight = getattr(experts, name, None)
-        floating = isinstance(weight, Tensor) and weight.dim() == 3 and weight.is_floating_point()
-        # torchao's tensors say that they are bf16, but no product with rows grouped by expert takes them.
-        if not floating or type(weight).__module__.startswith("torchao."):
-            raise ValueError(
-                f"{type(experts).__name__}.{name} is not a floating-point [experts, ., .] tensor but a "
-                f"{type(weight).__name__}; load the model with unquantised experts to adapt them"
-            )
+        if not isinstance(weight, Tensor) or weight.dim() != 3 or not weight.is_floating_point():
+            raise _no_plain_tensor(experts, name)
     return names
+
+
+def require_plain_experts(experts: Any) -> None:
+    """Refuse torchao's tensors, which say that they are bf16, but which no product with grouped rows takes.
+
+    Raises:
+        ValueError: A projection is one, or the module is not on the interface.
+    """
+    for name in expert_projections(experts):
+        if type(getattr(experts, name)).__module__.startswith("torchao."):
+            raise _no_plain_tensor(experts, name)
+
+
+def _no_plain_tensor(experts: Any, name: str) -> ValueError:
+    return ValueError(
+        f"{type(experts).__name__}.{name} is not a floating-point [experts, ., .] tensor but a "
+        f"{type(getattr(experts, name, None)).__name__}; load the model with unquantised experts to adapt them"
+    )
 
 
 def expert_features(experts: Any, projection: str) -> tuple[int, int]:
