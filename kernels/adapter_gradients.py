@@ -25,17 +25,21 @@ def sum_statistics(
     u_ptr,  # [L, WIDTH]
     v_ptr,  # [L, WIDTH]
     weights_ptr,  # [T, k]
+    d_weights_ptr,  # [T, k]
     row_order_ptr,  # [L]
     first,
     end,
     offs_r,
     WIDTH: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    HAS_DEMAND: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``sum over rows first <= i < end`` of ``w_i u[i, offs_r] v[i, offs_r]``, and of w_i, fp32 [BLOCK_R, 2]."""
+    """``sum over rows first <= i < end`` of ``w_i u[i, offs_r] v[i, offs_r]``, and in slots 0 and 1 the number of those
+    whose weight has a gradient and the sum of their w_i, fp32 [BLOCK_R, 2]."""
     c = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    count = tl.zeros((BLOCK_M,), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for m in range(first, end, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
@@ -45,8 +49,12 @@ def sum_statistics(
         v = tl.load(v_ptr + slots, mask=mask_m[:, None], other=0.0).to(tl.float32)
         weights = row_weights(weights_ptr, row_order_ptr, offs_m, mask_m, HAS_WEIGHTS)
         c += u * v * weights[:, None]
-        total += weights
-    return tl.join(tl.sum(c, 0), tl.sum(total, 0) + tl.zeros((BLOCK_R,), dtype=tl.float32))
+        if HAS_DEMAND:
+            has_gradient = row_weights(d_weights_ptr, row_order_ptr, offs_m, mask_m, True) != 0.0
+            count += has_gradient.to(tl.float32)
+            total += tl.where(has_gradient, weights, 0.0)
+    routed = tl.where(tl.arange(0, BLOCK_R) == 0, tl.sum(count, 0), tl.sum(total, 0))
+    return tl.join(tl.sum(c, 0), routed)
 
 
 @triton.jit(do_not_specialize=["share_rows"])
@@ -68,6 +76,7 @@ def adapter_gradients_kernel(
     x_index_ptr,  # [L]
     dy_index_ptr,  # [L]
     weights_ptr,  # [T, k]
+    d_weights_ptr,  # [T, k]
     row_order_ptr,  # [L]
     in_features,
     out_features,
@@ -139,16 +148,14 @@ def adapter_gradients_kernel(
     else:
         offs_two = tl.arange(0, BLOCK_R)[:, None] * 2 + tl.arange(0, 2)[None, :]
         both = sum_statistics(
-            u_ptr, v_ptr, weights_ptr, row_order_ptr, first, end, offs_r, WIDTH, HAS_WEIGHTS, BLOCK_M, BLOCK_R
-        )
+            u_ptr, v_ptr, weights_ptr, d_weights_ptr, row_order_ptr, first, end, offs_r, WIDTH, HAS_WEIGHTS, HAS_DEMAND,
+            BLOCK_M, BLOCK_R,
+        )  # fmt: skip
         both, has_sum = sum_shares(both, partial_ptr, counters_ptr, offs_two, stride, share, num_shares, IS_HIP)
-        c, total = tl.split(both)
+        c, routed = tl.split(both)
         tl.store(c_ptr + pool, scaling * c, mask=(offs_r < rank) & has_sum)
         if HAS_DEMAND:
-            is_first = (offs_r == 0) & has_sum
-            demand = demand_ptr + expert + offs_r
-            tl.store(demand, tl.zeros_like(c) + (stop - start).to(tl.float32), mask=is_first)
-            tl.store(demand + num_experts, total, mask=is_first)
+            tl.store(demand_ptr + offs_r * num_experts + expert, routed, mask=(offs_r < 2) & has_sum)
 
 
 @torch.library.custom_op("lrlora_triton::adapter_gradients", mutates_args=("d_a", "d_b", "c", "demand", "counters"))
@@ -171,13 +178,15 @@ def adapter_gradients(
     dy_index: Tensor | None = None,
     weights: Tensor | None = None,
     row_order: Tensor | None = None,
+    d_weights: Tensor | None = None,
 ) -> None:
     """Writes the rows of live components of d_a ``[R, K]``, d_b ``[R, N]`` and c fp32 ``[R]``; all other rows stay.
 
     u and v are ``[L, WIDTH]``. ``x_index`` ``[L]`` gathers rows of x, ``dy_index`` rows of dy. ``weights`` ``[T, k]``
-    come with ``row_order`` ``[L]``, which names each row's. demand, fp32 ``[2, E]``, gets the experts' rows and the
-    sums of their weights. ``counters`` ``[C]``, int32 and zero, are used up: at most C programs have a share of an
-    expert's rows, and none has more than ``4 / C`` of all work, or two times ``_LEAST_ROWS``.
+    come with ``row_order`` ``[L]``, which names each row's. demand, fp32 ``[2, E]``, gets the number of each expert's
+    rows whose ``d_weights`` ``[T, k]`` is not zero, and the sums of their weights. ``counters`` ``[C]``, int32 zeros,
+    are used up: at most C programs have a share of an expert's rows, and none has more than ``4 / C`` of all work, or
+    two times ``_LEAST_ROWS``.
     """
     x, dy, u, v = row_major(x), row_major(dy), u.contiguous(), v.contiguous()
     (num_experts, max_rank), width = components.shape, u.shape[1]
@@ -205,6 +214,7 @@ def adapter_gradients(
         x_index,
         dy_index,
         None if weights is None else weights.contiguous(),
+        None if d_weights is None else d_weights.contiguous(),
         row_order,
         x.shape[1],
         dy.shape[1],
@@ -233,6 +243,6 @@ def adapter_gradients(
 @adapter_gradients.register_fake
 def _(
     d_a, d_b, c, demand, counters, u, v, x, dy, ranks, scaling, gate, components, group_offsets,
-    x_index=None, dy_index=None, weights=None, row_order=None,
+    x_index=None, dy_index=None, weights=None, row_order=None, d_weights=None,
 ):  # fmt: skip
     return None

@@ -34,8 +34,9 @@ class RankTable(nn.Module):
             samples them. Neither a parameter nor a buffer, like ``gate``.
         gate: fp32 ``[P * R]``, projection by projection, the factor of each component in training mode: one, or
             zero for a component that only reports its sensitivity. Its gradient *is* the sensitivity ``c = dL/dm``.
-        demand: fp32 ``[2, E]`` of zeros, whose gradient is what was routed to each expert: the number of rows, and
-            the sum of their routing weights. Like ``gate``, a leaf in which autograd accumulates.
+        demand: fp32 ``[2, E]`` of zeros, whose gradient is what was routed to each expert: the number of rows on which
+            the loss depends, which padding is not, and the sum of their routing weights. Like ``gate``, a leaf in which
+            autograd accumulates.
 
     Raises:
         ValueError: A size is negative or the pool is larger than it can ever be used.
@@ -239,7 +240,7 @@ class RankTable(nn.Module):
 
     @property
     def row_counts(self) -> Tensor:
-        """fp32 ``[E]``: rows that each expert had in the backward passes since the last clear."""
+        """fp32 ``[E]``: rows with a gradient that each expert had in the backward passes since the last clear."""
         return self.routed[0]
 
     @property

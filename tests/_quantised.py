@@ -62,7 +62,10 @@ def _torchao(name: str, layer: nn.Linear) -> nn.Module:
         "int8 groups": lambda: tq.Int8WeightOnlyConfig(granularity=tq.PerGroup(32)),
         "int8 tensor": lambda: tq.Int8WeightOnlyConfig(granularity=tq.PerTensor()),
         "int8 activations": tq.Int8DynamicActivationInt8WeightConfig,
-        # Int4WeightOnlyConfig has no layout for a CPU.
+        # Int4WeightOnlyConfig has no layout for a CPU; this one is for inference alone.
+        "int4 opaque": lambda: pytest.importorskip("torchao.prototype.quantization.int4").PrototypeInt4WeightOnlyConfig(
+            group_size=32, set_inductor_config=False
+        ),
         "int4": lambda: tq.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=tq.PerGroup(32)),
         "fp8": tq.Float8WeightOnlyConfig,
     }

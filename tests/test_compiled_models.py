@@ -45,7 +45,7 @@ def train(model: nn.Module, forward, adapters: Adapters) -> tuple[list[Tensor], 
     return losses, ranks
 
 
-def assert_compiles_once(model: nn.Module, methods) -> None:
+def assert_compiles_once(model: nn.Module, methods, backend: str = "aot_eager") -> None:
     """To one graph, forward and backward; the run equals the uncompiled one."""
     plain = copy.deepcopy(model)
     runs = []
@@ -54,7 +54,7 @@ def assert_compiles_once(model: nn.Module, methods) -> None:
         adapters = apply_lora(own, methods)
         for parameter in adapters.parameters():
             nn.init.normal_(parameter, std=0.1)
-        compiled = torch.compile(own, fullgraph=True, backend="aot_eager") if own is model else own
+        compiled = torch.compile(own, fullgraph=True, backend=backend) if own is model else own
         runs.append(train(own, compiled, adapters))
     assert counters["stats"]["unique_graphs"] == 1
     (losses, ranks), (expected, expected_ranks) = runs
@@ -69,3 +69,14 @@ def test_experts():
 
 def test_a_dense_model():
     assert_compiles_once(llama(), {"all-linear": LEARNED})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "mixtral"])
+def test_every_kind_of_model(name, backend):
+    """With the code that inductor generates, too."""
+    if name == "llama":
+        assert_compiles_once(llama(), {"all-linear": LEARNED}, backend)
+    else:
+        assert_compiles_once(tiny(name), {"experts": GROWN, "all-linear": LEARNED}, backend)

@@ -76,6 +76,8 @@ class Inputs:
         self.order = torch.randperm(self.num_rows, generator=generator).to(DEVICE)
         self.weights = torch.empty(self.num_rows, device=DEVICE)
         self.weights[self.order] = rows().float()
+        self.d_weights = torch.empty(self.num_rows, device=DEVICE)
+        self.d_weights[self.order] = rows().float().where(torch.arange(self.num_rows, device=DEVICE) % 3 > 0, 0.0)
         self.width = importlib.import_module("lrlora_ops.kernels._tiles").padded_rank(self.table.max_rank)
         offsets = torch.tensor(self.ends, dtype=torch.int32, device=DEVICE)
         self.owners = (self.table.ranks, self.table.components, offsets)
@@ -163,7 +165,8 @@ def expected_gradients(inputs: Inputs, u: Tensor, v: Tensor, gated: bool, weight
         d_a[own] = factor * (weights[part] * right).t() @ inputs.dh[part].to(dtype)
         d_b[own] = factor * (weights[part] * left).t() @ inputs.gate_up[part].to(dtype)
         c[own, 0] = SCALING * (weights[part] * left * right).sum(0)
-        demand[:, expert] = torch.stack([demand.new_tensor(inputs.sizes[expert]), weights[part].sum()])
+        routed = weights[part][inputs.d_weights[inputs.order][part] != 0]
+        demand[:, expert] = torch.stack([demand.new_tensor(len(routed)), routed.sum()])
     return d_a, d_b, c[:, 0], demand
 
 
@@ -176,10 +179,10 @@ def gradients(inputs: Inputs, u: Tensor, v: Tensor, gated: bool, weighted: bool)
     demand = torch.full((2, len(inputs.sizes)), torch.nan, device=DEVICE)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=DEVICE)
     ranks, components, offsets = inputs.owners
-    weights = {"weights": inputs.weights.view(-1, 1), "row_order": inputs.order} if weighted else {}
+    weights = {"weights": inputs.weights.view(-1, 1)} if weighted else {}
     ops.adapter_gradients(
         *(*zeros, demand, counters, u, v, x, dy, ranks, SCALING, inputs.gate if gated else None, components, offsets),
-        **{"x_index": index, "dy_index": index} | weights,
+        **{"x_index": index, "dy_index": index, "row_order": inputs.order, "d_weights": inputs.d_weights} | weights,
     )
     return *zeros, demand
 
@@ -219,7 +222,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "gated_shrink_backward": (*rows, inputs.b, weights, inputs.order, "silu", *inputs.owners),
         "adapter_gradients": (
             *(*zeros, demand, counters, u, u, *rows, ranks, SCALING, inputs.gate, components, offsets),
-            *(inputs.order, inputs.order, weights, inputs.order),
+            *(inputs.order, inputs.order, weights, inputs.order, weights),
         ),
     }
 
@@ -292,12 +295,14 @@ def test_adapter_gradients_addresses():
     operands |= {"x": far(whole_numbers(ROWS, 24)), "dy": far(whole_numbers(ROWS, 20))}
     outputs = {name: empty_far(RANK, n) for name, n in (("d_a", 24), ("d_b", 20), ("c", 1))}
     order, _ = far(torch.arange(FAR, FAR + ROWS)[:, None])
-    weights, _ = far(torch.full((ROWS, 1), 2.0))
+    (weights, _), (d_weights, _) = far(torch.full((ROWS, 1), 2.0)), far(torch.tensor([[1.0], [0.0], [-1.0], [1.0]]))
+    demand = torch.empty(2, 1)
     outputs["partial"] = outputs["counters"] = (torch.empty(0), torch.empty(0))
     gradients_module.adapter_gradients_kernel[(2 + 2 + 1,)](
         **{f"{name}_ptr": start for name, (start, _) in (operands | outputs).items()},
-        demand_ptr=torch.empty(2, 1), gate_ptr=None, x_index_ptr=order, dy_index_ptr=order, weights_ptr=weights,
-        row_order_ptr=order, in_features=24, out_features=20, stride_xm=24, stride_dym=20, scaling=0.5, share_rows=ROWS,
+        demand_ptr=demand, gate_ptr=None, x_index_ptr=order, dy_index_ptr=order, weights_ptr=weights,
+        d_weights_ptr=d_weights, row_order_ptr=order, in_features=24, out_features=20, stride_xm=24, stride_dym=20,
+        scaling=0.5, share_rows=ROWS,
         HAS_GATE=False, IS_HIP=False, BLOCK_E=1,
         HAS_X_INDEX=True, HAS_DY_INDEX=True, HAS_WEIGHTS=True, HAS_DEMAND=True, BLOCK_N=16, **far_table(),
     )  # fmt: skip
@@ -305,3 +310,4 @@ def test_adapter_gradients_addresses():
     expected = {"d_a": v[:, :RANK].t() @ x, "d_b": u[:, :RANK].t() @ dy, "c": (u * v)[:, :RANK].sum(0)[:, None]}
     for name, value in expected.items():
         assert torch.equal(outputs[name][1][[2, 0, 1]], value), name
+    assert demand.tolist() == [[3], [6]]

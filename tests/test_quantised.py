@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+pytest.importorskip("transformers")
 from lrlora_ops import FixedRank, LearnedRank, VariableRankLoRALinear, apply_lora, load_adapter
 from lrlora_ops.modules._quantised import dequantised, requantised
 from tests import _quantised
 from tests._models import optimize, trained
+from tests._moe import output, tiny
 from tests._oracle import assert_within_budget
 from tests._quantised import FOUR_BIT, dtype_of, meaning, quantised
 
@@ -173,6 +175,74 @@ def test_a_base_that_gives_no_gradient_is_an_error():
         adapter(x)
     assert adapter(x.detach()).requires_grad
     adapter.eval()(x)
+
+
+def test_a_base_for_inference_alone():
+    """torchao's int4 layout for CPUs: exact beside it, but nothing trains below it, and nobody merges into it."""
+    adapter = wrapped("int4 opaque")
+    base, x, dy = adapter.base_layer, torch.randn(7, 64), torch.randn(7, 48)
+    weight = (base(torch.eye(64)) - base.bias).t().detach().double()
+    assert (weight - _quantised.linear().weight).norm() < 0.2 * weight.norm()
+    y = adapter(x)
+    y.backward(dy)
+    a, b = (factor.detach().double() for factor in (adapter.lora_A, adapter.lora_B))
+    a[5:] = 0
+    expected = x.double() @ (weight + adapter.scaling * b.t() @ a).t() + base.bias.double()
+    torch.testing.assert_close(y.detach().double(), expected, rtol=1e-4, atol=1e-4)
+    d_a, d_b = b[:5] @ dy.double().t() @ x.double(), a[:5] @ x.double().t() @ dy.double()
+    for grad, exact in ((adapter.lora_A.grad[:5], d_a), (adapter.lora_B.grad[:5], d_b)):
+        torch.testing.assert_close(grad.double(), adapter.scaling * exact, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match=r"gives x no gradient.*IntxWeightOnlyConfig"):
+        adapter(x.requires_grad_())
+    with pytest.raises(ValueError, match=r"Int4OpaqueTensor; export\(format='peft'\)"):
+        adapter.merge()
+
+
+def quantised_experts(quantise) -> nn.Module:
+    model = tiny("qwen3_moe", hidden_size=64, moe_intermediate_size=32)
+    for layer in model.model.layers:
+        for name in ("gate_up_proj", "down_proj"):
+            quantise(layer.mlp.experts, name)
+    return model
+
+
+def test_experts_that_bitsandbytes_quantised(tmp_path):
+    """To the adapters they are what they stand for, bit for bit; merged and exported are they elsewhere."""
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+    model = quantised_experts(lambda experts, name: parametrize.replace_parameter_4bit(experts, name, quant_type="nf4"))
+    plain = tiny("qwen3_moe", hidden_size=64, moe_intermediate_size=32)
+    with torch.no_grad():
+        for layer, other in zip(model.model.layers, plain.model.layers, strict=True):
+            for name in ("gate_up_proj", "down_proj"):
+                getattr(other.mlp.experts, name).copy_(getattr(layer.mlp.experts, name))
+    results = []
+    for each in (plain, model):
+        torch.manual_seed(0)
+        adapters = apply_lora(each, FixedRank(3), "experts")
+        for parameter in adapters.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        y = output(each.train(), IDS)
+        y.square().mean().backward()
+        results.append([y.detach(), *(parameter.grad for parameter in adapters.parameters())])
+    assert all(map(torch.equal, *results)) and all(t.any() for t in results[0])
+    stored = model.model.layers[0].mlp.experts.parametrizations.gate_up_proj.original
+    assert stored.dtype == torch.uint8 and not stored.requires_grad
+    for attempt in (adapters.merge, lambda: adapters.export(tmp_path / "peft")):
+        with pytest.raises(ValueError, match=r"bitsandbytes quantises experts.*load_adapter"):
+            attempt()
+    adapters.save(tmp_path / "own")
+    load_adapter(tiny("qwen3_moe", hidden_size=64, moe_intermediate_size=32), tmp_path / "own").merge()
+
+
+def test_experts_that_torchao_quantised_are_refused():
+    tensors = pytest.importorskip("torchao.quantization")
+
+    def quantise(experts, name):
+        weight = tensors.Int8Tensor.from_hp(getattr(experts, name).detach(), tensors.PerRow())
+        setattr(experts, name, nn.Parameter(weight, requires_grad=False))
+
+    with pytest.raises(ValueError, match=r"gate_up_proj is not .* but a Int8Tensor; .*unquantised"):
+        apply_lora(quantised_experts(quantise), FixedRank(3), "experts")
 
 
 @each_kind

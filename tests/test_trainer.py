@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from lrlora_ops import DynamicRank, apply_lora
+from lrlora_ops import DynamicRank, LearnedRank, apply_lora
 
 transformers = pytest.importorskip("transformers")
 from tests._moe import tiny  # noqa: E402
@@ -16,6 +16,7 @@ from tests._training import (  # noqa: E402
     LEARNED,
     STEPS,
     Statistics,
+    Text,
     adapted,
     assert_same,
     llama,
@@ -214,3 +215,76 @@ def test_clipping_is_no_business_of_the_methods(tmp_path):
     assert any(t.any() for t in seen[0][0])
     for one, other in zip(seen[0][0], seen[1][0], strict=True):
         assert torch.equal(one, other)
+
+
+def priced():
+    model = llama()
+    torch.manual_seed(3)
+    adapters = apply_lora(model, LearnedRank(3, 6, lr=0.5, penalty=0.05), "all-linear")
+    for parameter in adapters.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model, adapters
+
+
+def by_hand(max_grad_norm):
+    """A loop of one's own that gives ``step`` the loss, whose unit the price has; each step has all rows."""
+    model, adapters = priced()
+    data = [Text()[index] for index in range(len(Text()))]
+    batch = {name: torch.stack([row[name] for row in data]) for name in ("input_ids", "labels")}
+    adapters.policies[0].total_steps = STEPS
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=5e-3, weight_decay=0)
+    model.train()
+    for _ in range(STEPS):
+        loss = model(**batch).loss
+        loss.backward()
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(adapters.parameters(), max_grad_norm)
+        adapters.step(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return adapters.policies[0]
+
+
+@pytest.mark.parametrize("size, accumulation, scale", [(24, 1, None), (6, 4, None), (6, 4, 2.0**20)])
+def test_a_price_per_component_needs_nothing_but_the_callback(tmp_path, size, accumulation, scale):
+    """Its unit is the first step's loss, whatever the micro-batches, the clipping and the loss scale."""
+    max_grad_norm = 0 if scale else 0.5  # accelerate unscales before it clips in fp16 alone
+    expected = by_hand(max_grad_norm)
+    model, adapters = priced()
+    settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    settings |= {"lr_scheduler_type": "constant", "max_grad_norm": max_grad_norm}
+    run = trainer(model, adapters, tmp_path, **settings)
+    if scale:
+        scaled(run, init_scale=scale)
+    run.train()
+    (policy,) = adapters.policies
+    torch.testing.assert_close(policy.first_loss, expected.first_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(policy.rho, expected.rho, rtol=1e-3, atol=1e-3)
+    assert policy.rho.sum() != pytest.approx(3 * policy.groups, abs=1), "the price must tell"
+    assert run.training_step.__func__ is transformers.Trainer.training_step
+
+
+def test_a_skipped_step_has_no_part_in_the_unit(tmp_path):
+    model, adapters = priced()
+    settings = {"per_device_train_batch_size": 24, "max_grad_norm": 0, "max_steps": 2}
+    scaled(trainer(model, adapters, tmp_path, [Overflow(adapters)], **settings)).train()
+    (policy,) = adapters.policies
+    torch.testing.assert_close(policy.first_loss, by_hand(0).first_loss, rtol=1e-5, atol=0)
+
+
+def test_before_the_optimizer_or_after_it_is_one():
+    """``step`` writes no parameter, and an optimizer reads no rank."""
+    states = []
+    for after in (False, True):
+        model, adapters = adapted("grown experts, learned layers")
+        for policy in adapters.policies:
+            policy.total_steps = STEPS
+        optimizer = torch.optim.AdamW(adapters.parameters(), lr=5e-3, weight_decay=0)
+        row = Text()[0]["input_ids"][None]
+        for _ in range(STEPS):
+            model.train()(input_ids=row, labels=row).loss.backward()
+            for step in (optimizer.step, adapters.step) if after else (adapters.step, optimizer.step):
+                step()
+            optimizer.zero_grad()
+        states.append(state_of(model, adapters))
+    assert_same(*states)

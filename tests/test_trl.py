@@ -32,11 +32,11 @@ def at_home(tmp_path, monkeypatch):
     save_chats(tmp_path / "chats.jsonl")
 
 
-def sft(**settings):
+def sft(methods=METHODS, **settings):
     """A trainer with nothing but TRL's defaults and the callback."""
     model = transformers.AutoModelForCausalLM.from_pretrained("model")
     torch.manual_seed(3)
-    adapters = apply_lora(model, METHODS)
+    adapters = apply_lora(model, methods)
     arguments = {"per_device_train_batch_size": 2, "max_steps": 10, "learning_rate": 5e-3, "report_to": []}
     return adapters, trl.SFTTrainer(
         model,
@@ -64,11 +64,11 @@ def test_ranks_move_and_a_resumed_run_equals_an_uninterrupted_one():
 
 
 def test_statistics_do_not_depend_on_how_a_batch_is_split():
-    """TRL sums the tokens' losses and divides by their number in the whole batch; padding is demand like any token."""
+    """TRL sums the tokens' losses and divides by their number in the whole batch; each part has padding of its own."""
     seen = []
     for size, accumulation in ((6, 1), (2, 3)):
         settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-        adapters, run = sft(**settings, max_steps=9, bf16=False, pad_to_multiple_of=128)
+        adapters, run = sft(**settings, max_steps=9, bf16=False)
         for module in adapters.modules.values():
             for pool in module.pools().values():
                 torch.nn.init.normal_(pool.lora_B, std=0.1, generator=torch.Generator().manual_seed(0))
@@ -127,3 +127,13 @@ def test_the_command_learns_from_the_tokens_that_trl_learns_from():
     assert ours("turns.jsonl")[0] == by_trl("turns.jsonl", tokenizer, assistant_only_loss=True)
     assert by_parts == ours("turns.jsonl")[0]
     assert [sum(token >= 0 for token in row) for row in by_parts][1] > len("2<|im_end|>")
+
+
+def test_a_price_per_component_needs_nothing_but_the_callback():
+    """Its unit is the first loss that the trainer logs, whoever computes it."""
+    adapters, run = sft(
+        {"all-linear": LearnedRank(3, 6, penalty=0.1)}, max_steps=2, logging_steps=1, gradient_accumulation_steps=2
+    )
+    run.train()
+    loss = float(adapters.policies[0].first_loss)
+    assert loss == pytest.approx(run.state.log_history[0]["loss"], rel=1e-3) and adapters.policies[0].t == 2

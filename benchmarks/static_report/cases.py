@@ -126,7 +126,7 @@ def _launch_of_experts(
     else:
         statistics = torch.empty(a.shape[0]), torch.empty(2, len(ranks))
         outputs = (torch.empty_like(a), torch.empty_like(a), *statistics, torch.zeros(1024, dtype=torch.int32))
-        indices = (None, row_index, weights, row_index)
+        indices = (None, row_index, weights, row_index, weights)
         primitives.adapter_gradients(*outputs, u, u, x, x, *low_rank, *experts.values(), *indices)
 
 

@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import Tensor, nn
 
 from lrlora_ops.integrations._peft_layout import expert_components, is_swapped
-from lrlora_ops.modules._interface import expert_features, expert_projections, is_experts
+from lrlora_ops.modules._interface import expert_features, expert_projections, is_experts, require_plain_experts
 from lrlora_ops.modules.experts import run_experts
 from lrlora_ops.modules.linear import is_customised
 from lrlora_ops.ops import lora_linear
@@ -99,6 +99,7 @@ def _obstacle_to_experts(layer: Any) -> str | None:
         return f"whose parameter is of a {type(experts).__name__}, not of transformers' experts"
     try:
         names = expert_projections(experts)
+        require_plain_experts(experts)
     except ValueError as error:
         return f"whose experts cannot be reached: {error}"
     others = [wrapper.parameter_name for wrapper in _wrappers(layer) if wrapper.parameter_name not in names]

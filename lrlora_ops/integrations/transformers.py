@@ -25,6 +25,7 @@ class AdaptersCallback(TrainerCallback):
     def __init__(self, adapters: Adapters) -> None:
         self.adapters = adapters
         self._loss_scale: torch.Tensor | None = None
+        self._loss: _StepLoss | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Methods that were not told the length of the run learn it from the trainer, also when it resumes.
@@ -32,15 +33,20 @@ class AdaptersCallback(TrainerCallback):
         Raises:
             ValueError, FileNotFoundError: The run resumes, but its checkpoint has no state of these adapters.
         """
-        resumed = self._find_trainer()
+        trainer, resumed = self._find_trainer()
         if state.global_step:
             self.adapters.load(resumed or _checkpoint(args, state))
         for policy, (method, _names) in zip(self.adapters.policies, self.adapters.methods, strict=True):
             if getattr(method, "total_steps", None) is None and not policy.frozen:
                 policy.total_steps = state.max_steps
+        if trainer is not None and self._needs_loss():
+            self._loss = _StepLoss(trainer)
 
-    def _find_trainer(self) -> Path | None:
-        """Take the first place among the trainer's callbacks; returns the checkpoint that it resumes from.
+    def _needs_loss(self) -> bool:
+        return any(policy.needs_loss for policy in self.adapters.policies)
+
+    def _find_trainer(self) -> tuple[Trainer | None, Path | None]:
+        """Take the first place among the trainer's callbacks; returns it, and the checkpoint that it resumes from.
 
         Loggers come before what a user adds and write what is in the logs by then. The trainer tells its callbacks
         neither their order nor the checkpoint, which may be anywhere; both are in the frame that raises the event.
@@ -49,13 +55,14 @@ class AdaptersCallback(TrainerCallback):
         while frame and not isinstance(frame.f_locals.get("self"), Trainer):
             frame = frame.f_back
         if frame is None:
-            return None
-        callbacks = frame.f_locals["self"].callback_handler.callbacks
+            return None, None
+        trainer: Trainer = frame.f_locals["self"]
+        callbacks = trainer.callback_handler.callbacks
         if self in callbacks:  # and not part of another one
             callbacks.remove(self)
             callbacks.insert(0, self)
         resumed = frame.f_locals.get("resume_from_checkpoint")
-        return None if resumed is None else Path(resumed)
+        return trainer, None if resumed is None else Path(resumed)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The methods' state goes with the weights of the best checkpoint, which the trainer has just loaded."""
@@ -76,10 +83,14 @@ class AdaptersCallback(TrainerCallback):
         (accelerate's ``optimizer_step_was_skipped`` is False for fused optimizers, which skip on the device.)
         """
         before, after = self._loss_scale, _loss_scale(args, kwargs)
+        loss = None if self._loss is None else self._loss.take()
         if before is None or after is None:
-            self.adapters.step()
+            self.adapters.step(loss=loss)
         else:  # fp16 alone waits for the device here
-            self.adapters.step(loss_scale=before, skipped=bool(after < before))
+            self.adapters.step(loss=loss, loss_scale=before, skipped=bool(after < before))
+        if self._loss is not None and not self._needs_loss():
+            self._loss.release()
+            self._loss = None
 
     def on_log(
         self,
@@ -99,6 +110,34 @@ class AdaptersCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The trainer's own files lack what a method must remember. The first process writes it."""
         self.adapters.save(_checkpoint(args, state))
+
+
+class _StepLoss:
+    """The loss of an optimizer step, which a trainer hands to no callback.
+
+    It is the sum of what ``training_step`` returns for the micro-batches: whatever the trainer divides by, that is what
+    the gradients are of. Of several processes each has its own; their mean is the loss, as it is of the gradients.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._training_step = trainer, trainer.training_step
+        self._sum: torch.Tensor | None = None
+        trainer.training_step = self._watched
+
+    def _watched(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = self._training_step(*args, **kwargs)
+        self._sum = loss.detach() if self._sum is None else self._sum + loss.detach()
+        return loss
+
+    def take(self) -> torch.Tensor | None:
+        """The loss of the step that is over, skipped or not."""
+        loss, self._sum = self._sum, None
+        return loss
+
+    def release(self) -> None:
+        """Give the trainer its own method back, unless somebody else has replaced it since."""
+        if self._trainer.training_step == self._watched:
+            self._trainer.training_step = self._training_step
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

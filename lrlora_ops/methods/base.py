@@ -17,11 +17,15 @@ class Policy(Protocol):
         total_steps: Optimizer steps of the run, or None until somebody tells.
         budget: What the ranks of all its groups sum to at the end, or None if nothing says.
         frozen: Whether the ranks are final.
+        needs_loss: Whether the next step needs the loss.
     """
 
     total_steps: int | None
     budget: int | None
     frozen: bool
+
+    @property
+    def needs_loss(self) -> bool: ...
 
     def step(self, loss: Tensor | None = None) -> None:
         """Once per optimizer step, after backward: read the sensitivities, set the ranks for the next step.

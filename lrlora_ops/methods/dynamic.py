@@ -124,6 +124,8 @@ class DynamicRankPolicy:
         frozen: Whether the last growth is over.
     """
 
+    needs_loss = False
+
     def __init__(self, method: DynamicRank, tables: Mapping[str, RankTable]) -> None:
         self.method, self.tables = method, dict(tables)
         self._check_tables()

@@ -45,6 +45,7 @@ class FixedRankPolicy:
 
     total_steps: int | None = None
     frozen = True
+    needs_loss = False
 
     def __init__(self, budget: int | None) -> None:
         self.budget = budget

@@ -159,7 +159,7 @@ class LearnedRankPolicy:
                 "adapters.callback()"
             )
         self._follow_the_tables()
-        if self.method.penalty is not None and self.t == 0:
+        if self.needs_loss:
             if loss is None:
                 raise ValueError("penalty is set, so the first step needs the loss: step(loss=loss)")
             self.first_loss.copy_(loss.detach())
@@ -168,6 +168,11 @@ class LearnedRankPolicy:
         self.t += 1
         self.frozen = self.t >= self.method.freeze * self.total_steps
         self._choose_prefixes()
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether the next step's loss is the unit of the penalty."""
+        return self.method.penalty is not None and self.t == 0 and not self.frozen
 
     def _tau(self) -> float:
         """Width of the sampling at step t; it does not depend on the length of the run at step 0."""

@@ -36,11 +36,26 @@ def expert_projections(experts: Any) -> tuple[str, str]:
     for name in names:
         weight = getattr(experts, name, None)
         if not isinstance(weight, Tensor) or weight.dim() != 3 or not weight.is_floating_point():
-            raise ValueError(
-                f"{type(experts).__name__}.{name} is not a floating-point [experts, ., .] tensor; load the model "
-                "unquantised to adapt its experts"
-            )
+            raise _no_plain_tensor(experts, name)
     return names
+
+
+def require_plain_experts(experts: Any) -> None:
+    """Refuse torchao's tensors, which say that they are bf16, but which no product with grouped rows takes.
+
+    Raises:
+        ValueError: A projection is one, or the module is not on the interface.
+    """
+    for name in expert_projections(experts):
+        if type(getattr(experts, name)).__module__.startswith("torchao."):
+            raise _no_plain_tensor(experts, name)
+
+
+def _no_plain_tensor(experts: Any, name: str) -> ValueError:
+    return ValueError(
+        f"{type(experts).__name__}.{name} is not a floating-point [experts, ., .] tensor but a "
+        f"{type(getattr(experts, name, None)).__name__}; load the model with unquantised experts to adapt them"
+    )
 
 
 def expert_features(experts: Any, projection: str) -> tuple[int, int]:

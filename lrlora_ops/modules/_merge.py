@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lrlora_ops.modules._interface import plain_forward
 from lrlora_ops.ops._autocast import without_autocast
@@ -49,7 +50,13 @@ def check_merged_experts(experts: Any, merged: Any, inner: Any = None) -> float:
 
     Raises:
         RuntimeError: The outputs differ by more than rounding.
+        ValueError: The weights are no parameters that could hold an update.
     """
+    if is_parametrized(experts):
+        raise ValueError(
+            "the experts' weights are computed from others (a parametrization, as bitsandbytes quantises experts): "
+            "save the adapters, load them into the unquantised model with load_adapter, and merge or export there"
+        )
     weight = experts.down_proj
     num_experts, hidden = weight.shape[0], weight.shape[2 if experts.is_transposed else 1]
     tokens = torch.randn(2 * num_experts, hidden, device=weight.device, dtype=weight.dtype)

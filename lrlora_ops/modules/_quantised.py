@@ -29,7 +29,13 @@ def is_quantised(layer: nn.Module) -> bool:
         return weight.quant_state is not None
     if type(weight).__name__ == "Int8Params":
         return weight.dtype == torch.int8
-    return type(weight).__module__.startswith("torchao.") and hasattr(weight, "from_hp")
+    known = type(weight).__module__.startswith("torchao.") and hasattr(weight, "from_hp")
+    return known and not has_no_derivative(layer)
+
+
+def has_no_derivative(layer: nn.Module) -> bool:
+    """Whether the layer's product is for inference alone, as in torchao's int4 layout for CPUs, which is opaque too."""
+    return type(getattr(layer, "weight", None)).__name__ == "Int4OpaqueTensor"
 
 
 @torch.no_grad()

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lrlora_ops.modules._adapter import ComponentPool, RankAdapter, set_ranks
-from lrlora_ops.modules._interface import CHILD, attach, detach, expert_features, expert_projections, gating
+from lrlora_ops.modules._interface import (
+    CHILD,
+    attach,
+    detach,
+    expert_features,
+    expert_projections,
+    gating,
+    require_plain_experts,
+)
 from lrlora_ops.modules._merge import check_merged_experts
 from lrlora_ops.ops import ExpertLinear, moe_lora_mlp
 from lrlora_ops.rank_table import RankTable
@@ -84,6 +92,7 @@ class VariableRankLoRAExperts(RankAdapter):
     ) -> VariableRankLoRAExperts:
         """What ``from_experts`` makes, but the experts are left as they are until ``install``."""
         names = expert_projections(experts)
+        require_plain_experts(experts)
         if hasattr(experts, CHILD):
             raise ValueError("the experts have an adapter already, at .lrlora; change its ranks with set_ranks")
         weights = [getattr(experts, name) for name in names]

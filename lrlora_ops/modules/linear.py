@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lrlora_ops._sharding import zero_rows
 from lrlora_ops.modules._adapter import ComponentPool, RankAdapter
 from lrlora_ops.modules._merge import check_merge
-from lrlora_ops.modules._quantised import ELSEWHERE, FLOATING, is_quantised, merge_quantised
+from lrlora_ops.modules._quantised import ELSEWHERE, FLOATING, has_no_derivative, is_quantised, merge_quantised
 from lrlora_ops.ops.lora_linear import lora_linear
 from lrlora_ops.rank_table import RankTable
 
@@ -179,11 +179,14 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
         )
 
     def _base(self, x: Tensor) -> Tensor:
-        base = self.base_layer(x)  # type: ignore[misc]
-        if self.training and torch.is_grad_enabled() and x.requires_grad and not base.requires_grad:
+        layer: Any = self.base_layer
+        base = layer(x)
+        needs_gradient = self.training and torch.is_grad_enabled() and x.requires_grad
+        if needs_gradient and (not base.requires_grad or has_no_derivative(layer)):
             raise RuntimeError(
-                f"the base layer, a {type(self.base_layer).__name__}, gives x no gradient, so that what comes before "
-                "it would train on a wrong one; quantise the weights alone, or leave the layer out of targets"
+                f"the base layer, a {type(layer).__name__}, gives x no gradient, so that what comes before it would "
+                "train on a wrong one; quantise the weights alone, in a layout whose product has a derivative (of "
+                "torchao's int4 that of IntxWeightOnlyConfig), or leave the layer out of targets"
             )
         return base
 

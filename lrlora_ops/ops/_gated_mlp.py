@@ -23,8 +23,8 @@ _COUNTERS = 1024
 class GatedMLPFunction(torch.autograd.Function):
     """x ``[T, H]`` -> ``[T, H]``: gather, first projection, activation, second projection, weighted sum per token.
 
-    ``demand`` gets as its gradient what the batch has routed. The gradient of a routing weight is
-    ``<y_i, dy_t> = <h_i, dL/dh_i>``, before it is weighted, so the second projection has no bias here.
+    ``demand`` gets as its gradient what the batch has routed: the rows whose weight has a gradient. That of a routing
+    weight is ``<y_i, dy_t> = <h_i, dL/dh_i>``, before it is weighted, so the second projection has no bias here.
     """
 
     @staticmethod
@@ -114,7 +114,7 @@ class GatedMLPFunction(torch.autograd.Function):
         if any(needs[5:9]):
             ops.adapter_gradients(
                 *(*down_grads, demand if needs[8] else None, counters[0], down_u, down_v, h, dy, *low_rank),
-                *(down_gate, *owners, None, tokens, route_weights, row_order),
+                *(down_gate, *owners, None, tokens, route_weights, row_order, d_route),
             )
         if any(needs[2:5]):
             ops.adapter_gradients(

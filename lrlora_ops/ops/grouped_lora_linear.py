@@ -179,7 +179,8 @@ def grouped_lora_linear(
         base: ``[L, N]``, the base product as computed elsewhere. Without ``weight`` and ``base``: the update alone.
         transposed: The layout of ``weight``.
         ranks: int32 ``[E]``, the live components of each expert; default ``table.ranks``.
-        demand: fp32 ``[2, E]`` whose gradient becomes the row counts of the experts (``RankTable.demand``).
+        demand: fp32 ``[2, E]`` whose gradient becomes, twice, the number of the experts' rows on which the loss depends
+            (``RankTable.demand``).
         backend: "triton", "eager", "reference" or None for triton on a GPU and eager elsewhere.
 
     Returns:

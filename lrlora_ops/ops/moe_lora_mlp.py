@@ -71,8 +71,8 @@ def moe_lora_mlp(
         post: ``[L, H] -> [L, H]``, row by row, on the experts' outputs, for models that normalise them.
         scaling: Factor of the updates.
         ranks: int32 ``[E]``, the live components of each expert; default ``table.ranks``.
-        demand: fp32 ``[2, E]`` whose gradient becomes the row counts of the experts and the sums of their routing
-            weights (``RankTable.demand``).
+        demand: fp32 ``[2, E]`` whose gradient becomes the number of the experts' rows on which the loss depends, and
+            the sums of their routing weights (``RankTable.demand``).
         backend: "triton", "eager", or None for triton on a GPU and eager elsewhere.
 
     Returns:
@@ -143,4 +143,4 @@ def moe_lora_mlp(
     else:
         rows = post(project(hidden, down, down_weight, down_bias, None, gathers=False))
         out = (rows[routing.row_position] * top_k_weights[..., None]).sum(1).to(x.dtype)
-    return count_demand(out, demand, routing.group_offsets, row_weights)
+    return count_demand(out, demand, routing.group_offsets, row_weights, routing.token_index)
