@@ -127,9 +127,9 @@ def _skew(rows: Rows) -> Iterator[Goal]:
 
 
 def table(content: dict[str, Any]) -> list[list[str]]:
-    """Cells for people, the first row the heading; empty where there are no goals."""
+    """Cells for people, the first row the heading; empty where no goal was measured."""
     found = goals(content)
-    if not found:
+    if all(goal.measured is None for goal in found):
         return []
     return [
         ["goal (forward and backward)", "limit", "measured", ""],
