@@ -138,14 +138,14 @@ def tables_in_use() -> str:
     return ", then ".join([*(f"{n} {whose}" for whose, n in counted.items() if n), "shipped"]) + unusable
 
 
-def tile_for(kernel: str, width: int, dtype: torch.dtype, rows_per_expert: int, *features: int) -> Tile:
+def tile_for(kernel: str, width: int, dtype: torch.dtype, rows_per_expert: int = 0, *features: int) -> Tile:
     """The tile of a kernel on this machine.
 
     Args:
         kernel: Its name in ``CONFIGS``.
         width: Columns of U and V.
         dtype: Of the products.
-        rows_per_expert: On average.
+        rows_per_expert: On average. Tiles are tuned for each bucket of it, and for each of ``features``.
         features: Widths of the large operands.
     """
     capacity = min(width, 128)
@@ -153,11 +153,10 @@ def tile_for(kernel: str, width: int, dtype: torch.dtype, rows_per_expert: int, 
     return _choice((kernel, capacity, dtype.itemsize, _bucket(rows_per_expert), features), shipped)
 
 
-def gemm_tile(dtype: torch.dtype, rows_per_expert: int, in_features: int, out_features: int) -> Tile:
+def gemm_tile(rows_per_expert: int, dtype: torch.dtype, *features: int) -> Tile:
     """The tile of a base product on this machine; of those shipped, the larger one for experts that fill it."""
     shipped = GEMM_CONFIGS[backend(), dtype.itemsize]
     many = int(rows_per_expert >= shipped[1].block_m)
-    features = (in_features, out_features)
     return _choice(("grouped_gemm", many, dtype.itemsize, _bucket(rows_per_expert), features), shipped[many])
 
 

@@ -111,7 +111,7 @@ def test_counters_bound_the_shares(case, num_counters):
     )
     for one, value, other in zip(zeros, exact, plain, strict=False):
         assert_within_budget(one, value, other)
-    tile = configs.tile_for("adapter_gradients", inputs.width, torch.float32, 1, 1)
+    tile = configs.tile_for("adapter_gradients", inputs.width, torch.float32)
     column_tiles = -(-inputs.columns // tile.block_n) - (-2 * inputs.columns // tile.block_n) + 1
     most = num_counters // (column_tiles * (inputs.width // tile.block_r))
     share_rows = max(ROWS, -(-inputs.num_rows // max(most, 1)))

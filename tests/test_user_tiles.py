@@ -59,7 +59,7 @@ def test_what_is_kept_is_what_the_launchers_take(here):
     user_tiles.save(DEVICE, here, TILES)
     assert user_tiles.load(DEVICE, here) == TILES
     assert configs.tile_for("shrink", 16, BF16, 600, 4096) == configs.Tile(128, 64, 16, 8, 3)
-    assert configs.gemm_tile(BF16, 300, 2048, 1536) == configs.Tile(128, 256, 64, 8, 3)
+    assert configs.gemm_tile(300, BF16, 2048, 1536) == configs.Tile(128, 256, 64, 8, 3)
     shipped = configs.CONFIGS["cuda", 2]
     for other in (
         configs.tile_for("shrink", 16, BF16, 600, 4095),  # another width

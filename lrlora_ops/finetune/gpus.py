@@ -6,8 +6,8 @@ import re
 
 from lrlora_ops.plan import Gpu
 
-# Bytes per second, bf16 FLOP per second with fp32 sums. Makers give most rates with sparsity, twice the dense ones here.
-# A device is the first one whose name is in its own as whole words: an "L40" is no "L4".
+# Bytes per second, bf16 FLOP per second with fp32 sums. Most makers' figures are with sparsity, twice the dense ones
+# here. A device is the first one whose name is in its own as whole words: an "L40" is no "L4".
 GPUS = {
     # NVIDIA Blackwell datasheet of GB200 NVL72 and HGX B200, per GPU: 8 TB/s and 5 PFLOPS, 7.7 TB/s and 4.5 PFLOPS.
     "GB200": Gpu(8.0e12, 2500e12),

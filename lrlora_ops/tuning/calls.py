@@ -30,10 +30,11 @@ class Call:
         return launcher(self.primitive)(**self.arguments)
 
     def results(self) -> list[Tensor]:
-        """What it computes: what it returns, or else the gradients that it writes."""
+        """What it computes: what it returns, or else what it has written into its arguments."""
         made = self()
         if made is None:
-            return [self.arguments[name].clone() for name in ("d_a", "d_b", "c")]
+            tensors = (value for value in self.arguments.values() if isinstance(value, Tensor))
+            return [tensor.clone() for tensor in tensors if tensor.is_floating_point()]
         return [made] if isinstance(made, Tensor) else list(made)
 
     def on_meta(self) -> Call:
