@@ -69,8 +69,8 @@ def test_what_is_kept_is_what_the_launchers_take(here):
         assert other == shipped["shrink"][16]
     assert configs.tile_for("shrink", 32, BF16, 600, 4096) == shipped["shrink"][32]
     assert configs.tile_for("shrink", 16, torch.float32, 600, 4096) == configs.CONFIGS["cuda", 4]["shrink"][16]
-    many = [configs.tile_for("expand", 64, BF16, rows, 512).block_r for rows in (1023, 1024, 1 << 20)]
-    assert many == [shipped["expand"][64].block_r, 32, 32]
+    many = [configs.tile_for("expand", 64, BF16, rows, 512).block_n for rows in (1023, 1024, 1 << 20)]
+    assert many == [shipped["expand"][64].block_n, 64, 64] != [64, 64, 64]
     assert configs.tables_in_use() == "3 of lrlora tune, then shipped"
 
 

@@ -44,8 +44,8 @@ class TuneSettings:
     jobs: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, least in (("tokens", self.tokens, 2), ("rank", self.rank, 1), ("jobs", self.jobs or 1, 1)):
-            if value < least:
+        for name, value, least in (("tokens", self.tokens, 2), ("rank", self.rank, 1), ("jobs", self.jobs, 1)):
+            if value is not None and value < least:
                 raise CommandError(f"--{name} is {value}; it must be at least {least}")
 
 
@@ -58,7 +58,7 @@ def tune_model(settings: TuneSettings, console: Console) -> None:
     _require_gpu()
     layers = distinct_layers(settings.model, settings.targets, settings.tokens, settings.dtype)
     console.print(
-        f"{device_name()}: {len(layers)} kinds of layers of {settings.tokens:,} tokens, rank {settings.rank}; "
+        f"{device_name()}: layers of {len(layers)} sizes, {settings.tokens:,} tokens, rank {settings.rank}; "
         f"tiles go to {_user_tiles.path()}",
         highlight=False,
         soft_wrap=True,
@@ -109,17 +109,24 @@ def tune_layers(
 
     Returns:
         The number of results.
+
+    Raises:
+        CommandError: A layer cannot have the rank.
     """
     done = set(known)
     before = len(done)
     for module, layer in layers:
         asking: dict[_user_tiles.Key, tuple[Tile, list[Call]]] = {}
-        for call in layer_calls(module, layer, rank, device):
+        try:
+            calls = layer_calls(module, layer, rank, device)
+        except ValueError as error:
+            raise CommandError(f"{layer.name} cannot have an adapter of rank {rank}: {error}") from error
+        for call in calls:
             for key, shipped in call.keys().items():
                 asking.setdefault(key, (shipped, []))[1].append(call)
-        for key, (shipped, calls) in asking.items():
+        for key, (shipped, of_key) in asking.items():
             if key not in done:
-                found(key, search(key, shipped, calls, judge), shipped)
+                found(key, search(key, shipped, of_key, judge), shipped)
                 done.add(key)
     return len(done) - before
 
