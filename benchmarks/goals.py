@@ -127,9 +127,9 @@ def _skew(rows: Rows) -> Iterator[Goal]:
 
 
 def table(content: dict[str, Any]) -> list[list[str]]:
-    """Cells for people, the first row the heading; empty where no goal was measured."""
+    """Cells for people, the first row the heading; empty where there are no goals."""
     found = goals(content)
-    if all(goal.measured is None for goal in found):
+    if not found:
         return []
     return [
         ["goal (forward and backward)", "limit", "measured", ""],

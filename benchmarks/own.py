@@ -85,4 +85,4 @@ def run(cases: Iterable[Case], device: torch.device, write_line: Callable[[str],
     bench = Bench(Results(), None, write_line, device)
     for case in cases:
         bench.outcomes(case)
-    return report.text(bench.results.content)
+    return report.text(bench.results.content, with_goals=False)

@@ -24,7 +24,7 @@ from benchmarks.static_report.cases import Case, cases, launch
 from benchmarks.static_report.code import Code, read_codes
 from benchmarks.static_report.table import layer_floors, table
 from benchmarks.static_report.targets import TARGETS, Target
-from lrlora_ops.tuning.capture import Launch, capture
+from lrlora_ops.kernels._capture import Launch, capture
 
 _TILE = ("BLOCK_M", "BLOCK_S", "BLOCK_N", "BLOCK_K", "BLOCK_R")
 

@@ -12,19 +12,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from triton import CompilationError, OutOfResources
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
 
+from lrlora_ops.kernels._capture import LAUNCH_ERRORS, capture, this_gpu
 from lrlora_ops.kernels._configs import Tile, pinned
 from lrlora_ops.kernels._user_tiles import Key
 from lrlora_ops.tuning.calls import Call
 from lrlora_ops.tuning.candidates import candidates
-from lrlora_ops.tuning.capture import capture
 from lrlora_ops.tuning.rounds import interleave
 from lrlora_ops.tuning.timers import Timer, timer_for
 
@@ -81,8 +78,7 @@ class Gpu:
 
     def __init__(self, jobs: int) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self.target = driver.active.get_current_target()
-        self.max_shared = driver.active.utils.get_device_properties(self.device.index)["max_shared_mem"]
+        self.target, self.max_shared = this_gpu(self.device.index)
         self.processes = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
     def __enter__(self) -> Gpu:
@@ -115,7 +111,7 @@ class Gpu:
                     with pinned(key, tile):
                         if agree(call.results(), expected):
                             timers[tile] = timer_for(call, self.device, pool)
-                except (RuntimeError, OutOfResources, CompilationError):
+                except LAUNCH_ERRORS:
                     if tile == tiles[0]:
                         raise
             samples, failed = interleave(timers, self.device, _SECONDS)
@@ -134,7 +130,7 @@ def agree(results: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     )
 
 
-def fits(key: Key, calls: Sequence[Call], target: GPUTarget, max_shared: int, tile: Tile) -> bool:
+def fits(key: Key, calls: Sequence[Call], target: Any, max_shared: int, tile: Tile) -> bool:
     """Whether the calls compile with a tile and fit. For a process of its own, see ``capture``; tensors may be meta."""
     try:
         with pinned(key, tile):

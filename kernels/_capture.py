@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from triton import CompilationError, OutOfResources
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from lrlora_ops.kernels import _configs
+
+# What a launch raises with a tile that the GPU cannot run.
+LAUNCH_ERRORS = (RuntimeError, OutOfResources, CompilationError)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,12 @@ class _AbsentGPU:
 
     def get_current_stream(self, device: str) -> None:
         return None
+
+
+def this_gpu(device: int) -> tuple[GPUTarget, int]:
+    """What kernels are compiled for on a device of this machine, and the bytes of shared memory a program may have."""
+    shared = driver.active.utils.get_device_properties(device)["max_shared_mem"]
+    return driver.active.get_current_target(), shared
 
 
 def capture(target: GPUTarget, launcher: Callable[[], object]) -> list[Launch]:
