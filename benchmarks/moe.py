@@ -58,7 +58,8 @@ RANKS: dict[str, Callable[[int], list[int]]] = {
 class Case:
     """One layer, dtype, distribution of ranks by its name in ``RANKS``, and of rows by its name in ``ROUTINGS``.
 
-    ``effort`` is the share of the usual time to spend on it; the lowest ``priority`` comes first.
+    ``effort`` is the share of the usual time to spend on it; the lowest ``priority`` comes first. With ``rank`` uniform
+    ranks are that, and not ``MEAN``.
     """
 
     shape: ExpertsShape
@@ -69,6 +70,7 @@ class Case:
     modes: tuple[str, ...] = MODES
     routing: str = "random"
     priority: int = 1
+    rank: int | None = None
 
     def __str__(self) -> str:
         return f"{self.layer} {DTYPES[self.dtype]}"
@@ -84,12 +86,18 @@ class Case:
         return f"{self.shape}, {self.ranks} ranks{routing}"
 
     @property
+    def expert_ranks(self) -> list[int]:
+        if self.ranks == "uniform" and self.rank is not None:
+            return [self.rank] * self.shape.num_experts
+        return RANKS[self.ranks](self.shape.num_experts)
+
+    @property
     def max_rank(self) -> int:
-        return max(RANKS[self.ranks](self.shape.num_experts))
+        return max(self.expert_ranks)
 
     @property
     def mean_rank(self) -> int:
-        return sum(RANKS[self.ranks](self.shape.num_experts)) // self.shape.num_experts
+        return sum(self.expert_ranks) // self.shape.num_experts
 
     def contenders(self) -> dict[str, tuple[str, int]]:
         """Name in the report -> (builder, mean rank)."""
@@ -100,8 +108,7 @@ class Case:
 
     def prepare(self, device: torch.device) -> tuple[Callable[[str, int], Provider], Callable[[Provider], None]]:
         """The providers of one random problem, and its oracle."""
-        ranks = RANKS[self.ranks](self.shape.num_experts)
-        problem = ExpertsProblem.random(self.shape, self.dtype, ranks, device, self.routing)
+        problem = ExpertsProblem.random(self.shape, self.dtype, self.expert_ranks, device, self.routing)
         return lambda builder, _: BUILDERS[builder](problem), ExpertsOracle(problem).check
 
     def work(self, rank: int, mode: str) -> Cost:

@@ -13,9 +13,10 @@ import torch
 from benchmarks.floors import Cost, Machine
 from benchmarks.memory import peak_bytes
 from benchmarks.providers import FORWARD, FORWARD_BACKWARD, Provider, Unavailable
-from benchmarks.timers import Profiled, Timer, timer_for
-from benchmarks.timing import Spread, differences, interleave
+from benchmarks.timing import Spread, differences
 from lrlora_ops import _storage
+from lrlora_ops.tuning.rounds import interleave
+from lrlora_ops.tuning.timers import Profiled, Timer, timer_for
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Of the rounds of a mode; a training step takes about twice as long as inference, and matters more.

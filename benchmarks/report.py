@@ -78,8 +78,8 @@ def heading(content: dict[str, Any]) -> list[str]:
     ]
 
 
-def text(content: dict[str, Any]) -> str:
-    """The results for a terminal: a block per case and mode, who was left out, and the goals."""
+def text(content: dict[str, Any], with_goals: bool = True) -> str:
+    """The results for a terminal: a block per case and mode, who was left out, and the goals of the suite."""
     lines = [
         *heading(content),
         "Overhead: median over rounds of what a provider took beyond the base layer in the same round, with its",
@@ -90,7 +90,7 @@ def text(content: dict[str, Any]) -> str:
         lines += ["", title, *aligned([list(_COLUMNS), *cells])]
     if content.get("left_out"):
         lines += ["", "Not timed:", *left_out(content)]
-    if rows := goals.table(content):
+    if with_goals and (rows := goals.table(content)):
         lines += ["", *aligned(rows)]
     return "\n".join(lines)
 

@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.floors import H200, launch_cost
-from benchmarks.static_report.capture import Launch, capture
 from benchmarks.static_report.cases import Case, cases, launch
 from benchmarks.static_report.code import Code, read_codes
 from benchmarks.static_report.table import layer_floors, table
 from benchmarks.static_report.targets import TARGETS, Target
+from lrlora_ops.kernels._capture import Launch, capture
 
 _TILE = ("BLOCK_M", "BLOCK_S", "BLOCK_N", "BLOCK_K", "BLOCK_R")
 
@@ -32,7 +32,7 @@ _TILE = ("BLOCK_M", "BLOCK_S", "BLOCK_N", "BLOCK_K", "BLOCK_R")
 def compile_cases(selected: Sequence[Case]) -> list[dict[str, Any]]:
     """One row per kernel that the cases, all of one target, launch."""
     target = TARGETS[selected[0].target]
-    launches = [(case, launched) for case in selected for launched in capture(target, partial(launch, case))]
+    launches = [(case, launched) for case in selected for launched in capture(target.gpu, partial(launch, case))]
     codes = read_codes([launched.compiled for _, launched in launches])
     return [_row(case, target, launched, code) for (case, launched), code in zip(launches, codes, strict=True)]
 

@@ -1,22 +1,19 @@
-"""Times of several steps that compete: taken in turn, so that what disturbs the machine disturbs all of them alike."""
+"""What is made of the samples of a race, and the machine's own rates."""
 
 from __future__ import annotations
 
-import random
 import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.floors import Machine
-from benchmarks.timers import Timer, timer_for
+from lrlora_ops.tuning.rounds import interleave
+from lrlora_ops.tuning.timers import timer_for
 
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
-# The fewest and the most rounds; a GPU's clock is steadier, and its time is short.
-ROUNDS = {"cpu": (5, 100), "cuda": (10, 60)}
 
 
 @dataclass(frozen=True)
@@ -38,41 +35,6 @@ class Spread:
 def differences(samples: Sequence[float], base: Sequence[float]) -> list[float]:
     """What each sample takes beyond the base in the same round: a drift of the machine's speed cancels."""
     return [sample - other for sample, other in zip(samples, base, strict=True)]
-
-
-def interleave(
-    timers: Mapping[str, Timer], device: torch.device, budget_s: float
-) -> tuple[dict[str, list[float]], dict[str, Exception]]:
-    """Seconds that each step takes: lists of equal length, whose entries of the same index were taken together.
-
-    A round takes one sample of each, in random order, and there are as many rounds as the budget allows, within
-    ``ROUNDS``. The first round is not counted: on a CPU first calls allocate and compile.
-
-    Returns:
-        The samples by name, and what went wrong with those that failed on the way, who have no samples.
-    """
-    order, shuffle = list(timers), random.Random(0).shuffle
-    samples: dict[str, list[float]] = {name: [] for name in timers}
-    failed: dict[str, Exception] = {}
-
-    def take(name: str) -> None:
-        try:
-            samples[name].append(timers[name].sample())
-        except Exception as error:
-            failed[name] = error
-            order.remove(name)
-            del samples[name]
-
-    began = time.perf_counter()
-    for name in list(order):
-        take(name)
-    least, most = ROUNDS[device.type]
-    rounds = min(max(int(budget_s / max(time.perf_counter() - began, 1e-9)), least), most)
-    for _ in range(rounds):
-        shuffle(order)
-        for name in list(order):
-            take(name)
-    return {name: taken[1:] for name, taken in samples.items()}, failed
 
 
 def probe(device: torch.device, dtype: torch.dtype, name: str) -> Machine:

@@ -1,11 +1,16 @@
-"""Tile sizes of the kernels: data, chosen by the capacity of the rank, the dtype and the device."""
+"""Tile sizes of the kernels: data, chosen by the capacity of the rank, the dtype, the device and what it was asked."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
+from lrlora_ops.kernels import _user_tiles
 from lrlora_ops.kernels._measured import MEASURED
+from lrlora_ops.kernels._user_tiles import Key
 
 
 @dataclass(frozen=True)
@@ -85,22 +90,105 @@ def backend() -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
+# Rows per expert count up to here, in powers of two: more change nothing, and a batch that is not full is no new shape.
+_MOST_ROWS = 1024
+_asked: dict[Key, Tile] | None = None
+_pinned: dict[Key, Tile] = {}
+
+
+def device_name() -> str:
+    """This machine's GPU, or nothing."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
 @cache
 def measured() -> dict[tuple[str, int, int], Tile]:
-    """The tiles that were measured on this machine's GPU; they go before those above."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return {key: Tile(*fields) for key, fields in MEASURED.get(device, {}).items()}
+    """The tiles that were measured on a GPU like this machine's for any shape; they go before those above."""
+    return {key: Tile(*fields) for key, fields in MEASURED.get(device_name(), {}).items()}
 
 
-def tile_for(kernel: str, width: int, dtype: torch.dtype) -> Tile:
-    """The tile of a kernel on this machine, for U and V of ``width`` columns and a product of tiles of ``dtype``."""
+@cache
+def user_tiles() -> dict[Key, Tile]:
+    """The tiles that ``lrlora tune`` has found on this machine's GPU for shapes of its own; they go before all others.
+
+    Warns:
+        UserWarning: Once, if there are tiles that cannot be used.
+    """
+    if not (device := device_name()):
+        return {}
+    try:
+        found = _user_tiles.load(device, _user_tiles.Identity.here())
+    except _user_tiles.UnusableTiles as error:
+        again = f"run lrlora tune MODEL again, or remove {_user_tiles.path()}"
+        warnings.warn(f"tiles that lrlora tune has found are not used: {error}; {again}", stacklevel=2)
+        return {}
+    return {key: Tile(*fields) for key, fields in found.items()}
+
+
+def tables_in_use() -> str:
+    """In words: whose tiles the kernels take on this machine, the first that has one for a shape."""
+    if not (device := device_name()):
+        return "shipped; there is no GPU"
+    found, unusable = {}, ""
+    try:
+        found = _user_tiles.load(device, _user_tiles.Identity.here())
+    except _user_tiles.UnusableTiles as error:
+        unusable = f"; those of lrlora tune are not used: {error}; run it again"
+    counted = {"of lrlora tune": len(found), "measured on this kind of GPU": len(measured())}
+    return ", then ".join([*(f"{n} {whose}" for whose, n in counted.items() if n), "shipped"]) + unusable
+
+
+def tile_for(kernel: str, width: int, dtype: torch.dtype, rows_per_expert: int = 0, *features: int) -> Tile:
+    """The tile of a kernel on this machine.
+
+    Args:
+        kernel: Its name in ``CONFIGS``.
+        width: Columns of U and V.
+        dtype: Of the products.
+        rows_per_expert: On average. Tiles are tuned for each bucket of it, and for each of ``features``.
+        features: Widths of the large operands.
+    """
     capacity = min(width, 128)
     shipped = CONFIGS[backend(), dtype.itemsize][kernel][capacity]
-    return measured().get((kernel, capacity, dtype.itemsize), shipped)
+    return _choice((kernel, capacity, dtype.itemsize, _bucket(rows_per_expert), features), shipped)
 
 
-def gemm_tile(rows_per_expert: int, dtype: torch.dtype) -> Tile:
-    """The tile of a base product on this machine: the larger one for experts that fill it."""
+def gemm_tile(rows_per_expert: int, dtype: torch.dtype, *features: int) -> Tile:
+    """The tile of a base product on this machine; of those shipped, the larger one for experts that fill it."""
     shipped = GEMM_CONFIGS[backend(), dtype.itemsize]
     many = int(rows_per_expert >= shipped[1].block_m)
-    return measured().get(("grouped_gemm", many, dtype.itemsize), shipped[many])
+    return _choice(("grouped_gemm", many, dtype.itemsize, _bucket(rows_per_expert), features), shipped[many])
+
+
+def _choice(key: Key, shipped: Tile) -> Tile:
+    if _asked is not None:
+        _asked[key] = shipped
+    return _pinned.get(key) or user_tiles().get(key) or measured().get(key[:3]) or shipped
+
+
+def _bucket(rows_per_expert: int) -> int:
+    """The power of two that is not above it."""
+    return min(1 << max(rows_per_expert.bit_length() - 1, 0), _MOST_ROWS)
+
+
+@contextmanager
+def asked() -> Iterator[dict[Key, Tile]]:
+    """What launches within ask for, with the tiles that are shipped for it."""
+    global _asked
+    before, _asked = _asked, {}
+    try:
+        yield _asked
+    finally:
+        _asked = before
+
+
+@contextmanager
+def pinned(key: Key, tile: Tile) -> Iterator[None]:
+    """Launches within that ask for the key get this tile."""
+    before = dict(_pinned)
+    _pinned[key] = tile
+    try:
+        yield
+    finally:
+        _pinned.clear()
+        _pinned.update(before)

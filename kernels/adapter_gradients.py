@@ -190,7 +190,8 @@ def adapter_gradients(
     """
     x, dy, u, v = row_major(x), row_major(dy), u.contiguous(), v.contiguous()
     (num_experts, max_rank), width = components.shape, u.shape[1]
-    tile = _configs.tile_for("adapter_gradients", width, x.dtype)
+    rows_per_expert, features = u.shape[0] // num_experts, (x.shape[1], dy.shape[1])
+    tile = _configs.tile_for("adapter_gradients", width, x.dtype, rows_per_expert, *features)
     column_tiles = triton.cdiv(x.shape[1], tile.block_n) + triton.cdiv(dy.shape[1], tile.block_n) + 1
     results, num_rows = column_tiles * (width // tile.block_r), u.shape[0]
     share_rows = max(_LEAST_ROWS, triton.cdiv(num_rows, max(counters.numel() // results, 1)))

@@ -143,7 +143,7 @@ def expand(
     if out.numel() == 0:
         return out
     num_rows, num_cols, num_experts = out.shape[0], out.shape[1], ranks.shape[0]
-    tile = tile_for("expand", u.shape[1], u.dtype)
+    tile = tile_for("expand", u.shape[1], u.dtype, num_rows // num_experts, num_cols)
     expand_kernel[row_tiles(num_rows, num_experts, tile.block_m), triton.cdiv(num_cols, tile.block_n)](
         u.contiguous(),
         b.contiguous(),

@@ -237,7 +237,7 @@ def _(dh, gate_up, b, weights, row_order, activation, ranks, components, group_o
 def _launch(kernel, name: str, activation: str, tensors: tuple[Tensor, ...], u: Tensor, num_cols: int) -> None:
     """One launch of either kernel; ``tensors`` end in ranks ``[E]``, components ``[E, max_rank]`` and the offsets."""
     (num_rows, width), (num_experts, max_rank) = u.shape, tensors[-2].shape
-    tile = tile_for(name, width, u.dtype)
+    tile = tile_for(name, width, u.dtype, num_rows // num_experts, num_cols)
     kernel[row_tiles(num_rows, num_experts, tile.block_m), width // tile.block_r](
         *tensors,
         num_rows,

@@ -173,7 +173,7 @@ def gram(
     """
     u, y = u.contiguous(), row_major(y)
     num_rows, num_cols, num_experts, width = u.shape[0], y.shape[1], ranks.shape[0], u.shape[1]
-    tile = tile_for("gram", width, y.dtype)
+    tile = tile_for("gram", width, y.dtype, num_rows // num_experts, num_cols)
     d = torch.zeros(pool_size, num_cols, dtype=dtype, device=y.device)
     columns, pairs = triton.cdiv(num_cols, tile.block_n), num_experts * (width // tile.block_r)
     splits = row_splits(num_rows, num_experts, columns * pairs, tile.block_m)

@@ -157,7 +157,7 @@ def launch_gemm(
     y = x.new_empty(num_rows, out_features)
     if y.numel() == 0:
         return y
-    tile = gemm_tile(num_rows // num_experts, x.dtype)
+    tile = gemm_tile(num_rows // num_experts, x.dtype, in_features, out_features)
     width = 16 if u is None else u.shape[1]
     programs = row_tiles(num_rows, num_experts, tile.block_m) * triton.cdiv(out_features, tile.block_n)
     grouped_gemm_kernel[(programs,)](

@@ -95,8 +95,8 @@ def shrink(
     num_rows = x.shape[0] if row_index is None else row_index.shape[0]
     width = padded_rank(max_rank)
     u = x.new_empty(num_rows, width)
-    tile = tile_for("shrink", width, x.dtype)
     num_experts = ranks.shape[0]
+    tile = tile_for("shrink", width, x.dtype, num_rows // num_experts, x.shape[1])
     grid = (row_tiles(num_rows, num_experts, tile.block_m), width // tile.block_r)
     if num_rows:
         shrink_kernel[grid](

@@ -102,7 +102,7 @@ def shrink_gram(
     """
     dy, u = row_major(dy), u.contiguous()
     num_rows, num_cols, num_experts, width = u.shape[0], dy.shape[1], ranks.shape[0], u.shape[1]
-    tile = tile_for("shrink_gram", width, dy.dtype)
+    tile = tile_for("shrink_gram", width, dy.dtype, num_rows // num_experts, num_cols)
     tiles = row_tiles(num_rows, num_experts, tile.block_m)
     fused = fuses_gram(width, tile.block_m, dy.element_size())
     v = (dy.new_empty if group_offsets is None else dy.new_zeros)(u.shape)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from enum import Enum
@@ -235,22 +233,50 @@ def plan(
     print_plan(PlanSettings(model, budget, most, tokens, gpu_memory, gpu, tuple(targets or ["all-linear"])), Console())
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command()
+def tune(
+    model: Annotated[Path, typer.Argument(help="Directory with the config.json of a Hugging Face model.")],
+    tokens: Annotated[int, typer.Option(help="Tokens in a step: rows of a batch times tokens in a row.")] = 4096,
+    rank: Annotated[int, typer.Option(help="The largest rank that a layer or an expert may have.")] = 16,
+    targets: Annotated[list[str] | None, typer.Option(help="Layers, as names or globs. Default: all-linear.")] = None,
+    dtype: Annotated[DtypeName, typer.Option(help="Of the model; auto is the config's own.")] = DtypeName.auto,
+    again: Annotated[bool, typer.Option("--again", help="Also what has been tuned before.")] = False,
+    jobs: Annotated[int | None, typer.Option(help="Processes that compile. Default: the cores, at most 16.")] = None,
+) -> None:
+    """Find the fastest tiles of the kernels for a model's shapes on this machine's GPU, and keep them."""
+    from lrlora_ops.finetune.tuned import TuneSettings, tune_model
+
+    tune_model(TuneSettings(model, tokens, rank, tuple(targets or ["all-linear"]), dtype.value, again, jobs), Console())
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
 def bench(
-    context: typer.Context,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]", help="Directory with a config.json; or options for pytest, for the suite."),
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="M,K,N", help="A linear layer: rows, inputs, outputs.")
+    ] = None,
+    experts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="T,E,k,H,I", help="Experts: tokens, experts, experts of a token, widths."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of a MODEL's step. Default: 4096 on a GPU, else 512.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of every layer and expert. Default: 16.")] = None,
+    targets: Annotated[list[str] | None, typer.Option(help="Layers of MODEL. Default: all-linear.")] = None,
+    dtype: Annotated[DtypeName, typer.Option(help="auto: MODEL's own, or bf16 on a GPU, else fp32.")] = DtypeName.auto,
+    device: Device = "auto",
     table: Annotated[
         bool, typer.Option("--table", help="Print the tables of results files, the newest unless some are named.")
     ] = False,
 ) -> None:
-    """Time this library beside its peers: what follows goes to pytest. Needs the source tree, and its bench extra."""
-    root = Path(__file__).parents[1]
-    if not (root / "benchmarks" / "report.py").exists():
-        raise CommandError(
-            f"the benchmarks are not in {root}, a package: run lrlora in the source tree, which has them"
-        )
-    suite = ["pytest", "benchmarks/", "--benchmark-only"]
-    command = ["benchmarks.report", *map(os.path.abspath, context.args)] if table else [*suite, *context.args]
-    raise typer.Exit(subprocess.run([sys.executable, "-m", *command], cwd=root).returncode)
+    """Time this library beside its peers on shapes of one's own, or as the suite does. Needs the source tree."""
+    from lrlora_ops.finetune.benched import BenchSettings, run_bench
+
+    layers = (tuple(words or []), tuple(shape or []), tuple(experts or []))
+    settings = BenchSettings(*layers, tokens, rank, tuple(targets or []), dtype.value, device, table)
+    raise typer.Exit(run_bench(settings, Console()))
 
 
 def main() -> None:

@@ -19,10 +19,11 @@ from benchmarks.floors import Machine, base_cost, lora_cost
 from benchmarks.memory import peak_bytes
 from benchmarks.providers import BUILDERS, FORWARD_BACKWARD, MODES, Oracle, Problem, Unavailable
 from benchmarks.shapes import Shape
-from benchmarks.timers import Called
-from benchmarks.timing import ROUNDS, Spread, differences, interleave
+from benchmarks.timing import Spread, differences
 from benchmarks.warm import all_cases
 from lrlora_ops._storage import saved_bytes
+from lrlora_ops.tuning.rounds import ROUNDS, interleave
+from lrlora_ops.tuning.timers import Called
 
 ROOT = Path(__file__).parents[1]
 # pytest-benchmark turns itself off in a worker of pytest-xdist, and knows one by its environment.

@@ -259,7 +259,7 @@ COMMANDS = [
     ("plan llama --budget 8 --max-rank 4", "--max-rank is 4", "it must be at least the budget, 8"),
     ("plan llama --budget 8 --tokens 1", "--tokens is 1", "it must be at least 2"),
     ("plan llama --budget 8 --gpu-memory -1", "--gpu-memory is -1.0", "it must be above 0"),
-    ("plan llama --budget 8 --gpu abacus", "--gpu is abacus", "it must be one of B200"),
+    ("plan llama --budget 8 --gpu abacus", "--gpu is abacus", "it must be one of GB200, B200"),
     (
         "plan llama --budget 8 --targets abacus",
         "cannot be planned.*'abacus' matches no linear layer",

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("peft", reason="needs peft, as the benchmarks do")
 
-from benchmarks import docs, gpu, race, report, results_file, scale, timers
+from benchmarks import docs, gpu, race, report, results_file, scale
 from benchmarks.dense import cases as dense_cases
 from benchmarks.floors import Machine
 from benchmarks.goals import goals
@@ -20,6 +20,7 @@ from benchmarks.moe import Case
 from benchmarks.providers import FORWARD_BACKWARD, Unavailable
 from benchmarks.results_file import Results
 from benchmarks.shapes import LONG_SHAPES, olmoe
+from lrlora_ops.tuning import timers
 from tests.test_benchmarks import CPU, MACHINE, QUICK
 
 CUDA = torch.device("cuda")

@@ -223,11 +223,26 @@ def test_largest_rank(limit):
         ("NVIDIA H100 PCIe", 2.0e12),
         ("NVIDIA L40S", 0.864e12),
         ("NVIDIA L4", 0.3e12),
+        ("NVIDIA L40", 0.864e12),  # no L4
+        ("NVIDIA GB200", 8.0e12),  # no B200
+        ("NVIDIA B200", 7.7e12),
+        ("NVIDIA A100-SXM4-80GB", 2.039e12),
+        ("NVIDIA A100-SXM4-40GB", 1.555e12),
+        ("NVIDIA A10G", 0.6e12),  # no A100
+        ("NVIDIA GeForce RTX 3090 Ti", 1.008e12),
         ("AMD Instinct MI300X", 5.3e12),
+        ("AMD Instinct MI250X / MI250", 1.6e12),  # one of two devices
     ],
 )
 def test_gpus_are_known_by_a_part_of_their_name(name, bandwidth):
     assert known_gpu(name).bandwidth == bandwidth
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "Tesla T4"]
+)
+def test_what_shares_a_name_with_a_gpu_is_unknown(name):
+    assert known_gpu(name) is None
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,7 +20,14 @@ PACKAGES = (
 )
 # Variables that change what runs; no other is read. Their names say nothing of the user, their values may.
 VARIABLES = (
-    *("TRITON_INTERPRET", "TRITON_CACHE_DIR", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
+    *(
+        "TRITON_INTERPRET",
+        "TRITON_CACHE_DIR",
+        "LRLORA_CACHE_DIR",
+        "CUDA_VISIBLE_DEVICES",
+        "HIP_VISIBLE_DEVICES",
+        "ROCR_VISIBLE_DEVICES",
+    ),
     *("CUDA_LAUNCH_BLOCKING", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"),
     *("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE"),
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "WORLD_SIZE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),
@@ -34,6 +42,7 @@ def environment() -> dict[str, str]:
         **{name: found for name in PACKAGES if (found := _version(name))},
         **_devices(),
         **{f"backend on {device}": backend_reason(torch.device(device)) for device in _device_types()},
+        **_tiles(),
         **{name: shown(os.environ[name]) for name in VARIABLES if name in os.environ},
     }
 
@@ -54,6 +63,15 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _tiles() -> dict[str, str]:
+    """Whose tiles the kernels take."""
+    if not find_spec("triton"):
+        return {}
+    from lrlora_ops.kernels._configs import tables_in_use
+
+    return {"tiles": tables_in_use()}
 
 
 def _device_types() -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrlora_ops._coverage import kind_of
@@ -88,19 +89,51 @@ def traced(directory: Path, targets: Sequence[str], tokens: int) -> Trace:
     Raises:
         CommandError: There is none, it is no causal language model's, or the targets do not fit it.
     """
+    return traced_modules(directory, targets, tokens)[0]
+
+
+def traced_modules(
+    directory: Path, targets: Sequence[str], tokens: int, dtype: torch.dtype | None = None
+) -> tuple[Trace, dict[str, nn.Module], torch.dtype]:
+    """The layers, the modules on the meta device that they are, by name, and the dtype that the config names.
+
+    Args:
+        directory: Of the model.
+        targets: Patterns of ``find_targets``.
+        tokens: In a step.
+        dtype: To trace the model in; None for the config's own.
+
+    Raises:
+        CommandError: As ``traced``.
+    """
     if not (directory / "config.json").is_file():
         raise CommandError(f"{directory} has no config.json: give the directory of a Hugging Face model")
     quiet_transformers()
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        own = config.dtype or torch.bfloat16
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16)
-        return trace(model, find_targets(model, list(targets)), tokens)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or own)
+        modules = find_targets(model, list(targets))
+        return trace(model, modules, tokens), modules, own
     except Exception as error:  # transformers raises many kinds for a config that is damaged or of another kind
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CommandError(
             f"{directory} cannot be planned as a causal language model: {reason[0]}; give another MODEL"
         ) from error
+
+
+def distinct_layers(directory: Path, targets: Sequence[str], tokens: int, dtype: str) -> list[tuple[nn.Module, Layer]]:
+    """A layer of each size, with its module on the meta device, in a dtype by its name, or "auto" for the config's own.
+
+    Raises:
+        CommandError: As ``traced``.
+    """
+    # Sizes are asked for: bf16 is what experts are traced in on every version of torch.
+    found, modules, own = traced_modules(directory, targets, tokens, torch.bfloat16)
+    wanted = own if dtype == "auto" else getattr(torch, dtype)
+    kinds = {(x.num_experts, x.projections, x.tokens, x.rows): x for x in reversed(found.layers)}
+    return [(modules[layer.name].to(wanted), layer) for layer in reversed(kinds.values())]
 
 
 def by_kind(layers: Sequence[Layer]) -> dict[str, list[Layer]]:

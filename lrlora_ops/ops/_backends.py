@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch._library.custom_ops import CustomOpDef
 from lrlora_ops import eager
 
 BACKENDS = ("triton", "eager", "reference")
+_BY_DEVICE = {"cuda": "triton"}
 _PRIMITIVES: dict[str, ModuleType] = {"eager": eager}
 if importlib.util.find_spec("triton") is not None:
     from lrlora_ops.kernels import primitives as _triton  # type: ignore[attr-defined]
@@ -30,7 +34,7 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
         ValueError: The backend is unknown, or cannot run on the device; the message says why and what can.
     """
     if backend is None:
-        backend = "triton" if device.type == "cuda" else "eager"
+        backend = _BY_DEVICE.get(device.type, "eager")
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {BACKENDS}, or None to choose by device")
     if backend == "triton":
@@ -76,6 +80,32 @@ def primitives(backend: str, x: Tensor) -> Any:
     """The primitives of a backend for tensors like x: custom ops while they are traced, else the functions inside."""
     traced = torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.is_meta
     return _PRIMITIVES[backend] if traced else _FUNCTIONS[backend]
+
+
+@contextmanager
+def recorded(backend: str) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """The calls of a backend's primitives within, in order: names and arguments by name."""
+    functions, calls = _FUNCTIONS[backend], []
+
+    def recording(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, signature.bind(*args, **kwargs).arguments))
+            return function(*args, **kwargs)
+
+        return call
+
+    _FUNCTIONS[backend] = SimpleNamespace(**{name: recording(name, f) for name, f in vars(functions).items()})
+    try:
+        yield calls
+    finally:
+        _FUNCTIONS[backend] = functions
+
+
+def launcher(name: str) -> Callable[..., Any]:
+    """What launches the Triton kernels of a primitive, tensors on the meta device and all."""
+    return getattr(_FUNCTIONS["triton"], name)
 
 
 def add_base_product(backend: str, y: Tensor, x: Tensor, weight: Tensor, transposed: bool = False) -> None:

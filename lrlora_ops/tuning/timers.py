@@ -9,7 +9,7 @@ import gc
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Replayed:
 
     kind = "graph"
 
-    def __init__(self, step: Step, pool: tuple[int, int]) -> None:
+    def __init__(self, step: Step, pool: Any) -> None:
         self.graph = capture(step, pool)
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -131,7 +131,7 @@ def waits_for_gpu(step: Step) -> bool:
     return False
 
 
-def capture(step: Step, pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
+def capture(step: Step, pool: Any) -> torch.cuda.CUDAGraph:
     """The step as a graph. Its results are dropped, so that graphs of one pool may be replayed in any order."""
     gc.collect()
     torch.cuda.synchronize()

@@ -1,7 +1,7 @@
 """Runs a launcher for a GPU that is not there: every kernel is compiled as a launch would, and none is started.
 
-The launcher itself decides arguments, constants and grid, and Triton specialises them as it does on the GPU, so the
-report cannot drift from the code.
+The launcher itself decides arguments, constants and grid, and Triton specialises them as it does on the GPU, so what is
+compiled here cannot drift from the code, and what is on its way to a GPU that is there is found in Triton's cache.
 """
 
 from collections.abc import Callable
@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from triton import CompilationError, OutOfResources
+from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.static_report.targets import Target
 from lrlora_ops.kernels import _configs
+
+# What a launch raises with a tile that the GPU cannot run.
+LAUNCH_ERRORS = (RuntimeError, OutOfResources, CompilationError)
 
 
 @dataclass(frozen=True)
@@ -30,20 +34,26 @@ class Launch:
 class _AbsentGPU:
     """What ``JITFunction.run`` asks a Triton driver before it compiles; the device's number is its target."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: GPUTarget) -> None:
         self.target = target
 
-    def get_current_target(self) -> Any:
-        return self.target.gpu
+    def get_current_target(self) -> GPUTarget:
+        return self.target
 
     def get_current_device(self) -> str:
-        return self.target.name
+        return str(self.target)
 
     def get_current_stream(self, device: str) -> None:
         return None
 
 
-def capture(target: Target, launcher: Callable[[], object]) -> list[Launch]:
+def this_gpu(device: int) -> tuple[GPUTarget, int]:
+    """What kernels are compiled for on a device of this machine, and the bytes of shared memory a program may have."""
+    shared = driver.active.utils.get_device_properties(device)["max_shared_mem"]
+    return driver.active.get_current_target(), shared
+
+
+def capture(target: GPUTarget, launcher: Callable[[], object]) -> list[Launch]:
     """The launches that ``launcher()`` makes on ``target``, in order; not for a process that also uses a GPU."""
     launches = []
     run = JITFunction.run
@@ -58,7 +68,8 @@ def capture(target: Target, launcher: Callable[[], object]) -> list[Launch]:
     driver.set_active(_AbsentGPU(target))  # for good: without a GPU there is none to go back to
     with (
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(_configs, "backend", lambda: target.gpu.backend),
+        mock.patch.object(_configs, "backend", lambda: target.backend),
+        mock.patch.object(_configs, "device_name", lambda: ""),  # the tiles of a GPU that is there are not asked for
     ):
         launcher()
     return launches
