@@ -13,7 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-if missing := [name for name in ("typer", "rich", "matplotlib", "transformers", "tokenizers") if not find_spec(name)]:
+if missing := [
+    name for name in ("typer", "rich", "matplotlib", "jinja2", "transformers", "tokenizers") if not find_spec(name)
+]:
     print(f"lrlora needs {', '.join(missing)}, not installed here: pip install 'lrlora_ops[cli]'", file=sys.stderr)
     raise SystemExit(2)
 
@@ -173,6 +175,18 @@ def finetune(
         dtype=dtype.value,
     )
     run_fine_tuning(settings, Console())
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Outputs of finetune or demo.")],
+    output: Annotated[Path, typer.Option(help="Directory for the page and the pictures.")] = Path("lrlora-report"),
+    gpu: Annotated[str, typer.Option(help="Whose datasheet rates floors of time are computed with.")] = "H200",
+) -> None:
+    """Where the rank went: a page and pictures of one or several runs, and what padded LoRA would cost."""
+    from lrlora_ops.finetune.reported import write_report
+
+    write_report(runs, output, gpu, Console())
 
 
 @app.command()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from lrlora_ops import Adapters, apply_lora
 from lrlora_ops.expert_map import ExpertMap
 from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.evaluate import bits_per_byte
+from lrlora_ops.finetune.history import History, traced_layers
+from lrlora_ops.finetune.machine import describe
 from lrlora_ops.finetune.progress import rank_list, training_progress
 from lrlora_ops.finetune.routing import routing_shares
 from lrlora_ops.finetune.tokens import EncodedText, batches
@@ -134,17 +137,31 @@ class Arm:
         """Ranks and routing by layer and expert; None without adapted experts."""
         return ExpertMap.of(self.expert_ranks, self.routing) if self.expert_ranks else None
 
-    def train(self, texts: Texts, seed: int, console: Console) -> None:
-        """Train the adapters and measure the model; the same seed gives every arm the same batches."""
+    def train(self, texts: Texts, seed: int, console: Console, directory: Path, before: Mapping[str, float]) -> None:
+        """Train the adapters and measure the model; the same seed gives every arm the same batches.
+
+        Args:
+            texts: To train on, and to measure on.
+            seed: Of the batches.
+            console: For the progress bar.
+            directory: Gets the history of the run.
+            before: Held-out bits per byte without adapters, for the history.
+        """
         steps, device = self.recipe.steps, self.adapters.parameters()[0].device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         held_at_start = self._held()
         stream = batches(texts.train, texts.seq_len, steps, seed)
         tokens_per_step = texts.rows * texts.seq_len
-        with training_progress(console, self.plan.name, steps, tokens_per_step, self.adapters) as on_step:
+        history = self._history(texts, seed, directory, before)
+        with training_progress(console, self.plan.name, steps, tokens_per_step, self.adapters) as show:
+
+            def on_step(loss: float) -> None:
+                history.on_step(loss)
+                show(loss)
+
             start = time.perf_counter()
-            train(self.model, stream, self.recipe, on_step, self.adapters)
+            train(self.model, stream, self.recipe, on_step, self.adapters, history.on_backward)
             self.seconds = time.perf_counter() - start
         self.held = held_at_start, self._held()
         if device.type == "cuda":
@@ -152,6 +169,25 @@ class Arm:
         self.bits = texts.measure(self.model)
         trained_on = {name: text for name, text in texts.held_out.items() if name not in texts.forgotten}
         self.routing = routing_shares(self.model, self.adapters, trained_on, texts.seq_len, texts.rows)
+        history.end(
+            bits=self.bits,
+            routing={text: {name: own.tolist() for name, own in of.items()} for text, of in self.routing.items()},
+            parameters=self.parameters,
+            held=self.held,
+            gpu_bytes=self.gpu_bytes,
+        )
+
+    def _history(self, texts: Texts, seed: int, directory: Path, before: Mapping[str, float]) -> History:
+        history = History(directory, self.adapters, self.recipe.steps)
+        history.begin(
+            name=self.plan.name,
+            machine=describe(self.adapters.parameters()[0].device),
+            seed=seed,
+            tokens=texts.rows * texts.seq_len,
+            before=dict(before),
+            **traced_layers(self.adapters, texts.seq_len, texts.rows),
+        )
+        return history
 
     def _held(self) -> int:
         return ADAM_COPIES * sum(p.numel() * p.element_size() for p in self.adapters.parameters())

@@ -105,7 +105,7 @@ def train_and_save(
     arm = Arm.prepare(settings.plan, Recipe(settings.steps, settings.lr), model, settings.seed)
     before = texts.measure(model)
     try:
-        arm.train(texts, settings.seed, console)
+        arm.train(texts, settings.seed, console, settings.output, before)
     except KeyboardInterrupt:
         arm.adapters.save(settings.output)
         console.print(f"interrupted; the adapter as it was is saved in {settings.output}", style="yellow")

@@ -55,6 +55,7 @@ def train(
     recipe: Recipe,
     on_step: Callable[[float], None],
     adapters: Adapters | None = None,
+    on_backward: Callable[[], None] = lambda: None,
 ) -> None:
     """Train the adapters, or without any the whole model, on each batch once.
 
@@ -64,6 +65,7 @@ def train(
         recipe: Optimizer and schedule.
         on_step: Called with the loss after every step.
         adapters: Their ranks move with every step, and they are compacted once the ranks are final.
+        on_backward: Called in every step before the ranks move, which clears the sensitivities.
 
     Raises:
         CommandError: The loss is not finite any more.
@@ -80,6 +82,7 @@ def train(
         loss = batch_loss(model, batch, recipe.balance)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+        on_backward()
         if adapters is not None:
             adapters.step(loss)
         optimizer.step()
