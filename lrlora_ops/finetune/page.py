@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import colormaps
-from matplotlib.colors import to_hex
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex
 
 import lrlora_ops
 from lrlora_ops.expert_map import ExpertMap
@@ -18,25 +18,33 @@ from lrlora_ops.finetune.runs import Run
 from lrlora_ops.report import RankMatrix
 
 LOSSES, SNAPSHOTS, NUMBERS = 400, 100, 400_000  # at most, of a run: points of its curve, steps shown, ranks in all
-# Sequential, of rising lightness, so that they are read without hues. On a dark page the light end is the high one.
-COLORS = {
-    "rank": {"light": "viridis", "dark": "viridis"},
-    "share": {"light": "Blues", "dark": "Blues_r"},
-    "sensitivity": {"light": "Oranges", "dark": "Oranges_r"},
+# Sequential and of monotone lightness, so that they are read without hues; zero is near the colour of the page.
+COLORS: dict[str, dict[str, Colormap]] = {
+    "rank": {"light": colormaps["viridis"], "dark": colormaps["viridis"]},
+    "share": {
+        "light": colormaps["Blues"],
+        "dark": LinearSegmentedColormap.from_list("share", ["#20252e", "#215a9c", "#6fb0e6", "#e8f3fd"]),
+    },
+    "sensitivity": {
+        "light": colormaps["Oranges"],
+        "dark": LinearSegmentedColormap.from_list("sensitivity", ["#20252e", "#8a3b0c", "#f39a4d", "#fff1e3"]),
+    },
 }
 
 
 def render(runs: Sequence[Run], gpu: str) -> str:
     """The page, with everything that it needs in it."""
     loader = PackageLoader("lrlora_ops.finetune")
-    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html")
+    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    templates.policies["json.dumps_kwargs"] = {"allow_nan": False}  # and the order of keys is that of the run
+    page = templates.get_template("report.html")
     return page.render(data=page_data(runs, gpu), version=lrlora_ops.__version__)
 
 
 def page_data(runs: Sequence[Run], gpu: str) -> dict[str, Any]:
     """All numbers of the page, as JSON has them."""
     shades = {
-        what: {theme: [to_hex(colormaps[name](i / 63)) for i in range(64)] for theme, name in themes.items()}
+        what: {theme: [to_hex(colors(i / 63)) for i in range(64)] for theme, colors in themes.items()}
         for what, themes in COLORS.items()
     }
     return {"colors": shades, "runs": [run_data(run, gpu) for run in runs]}

@@ -11,7 +11,7 @@ function put(parent, name, attributes = {}, text) {
 }
 
 const seriesColor = index => `var(--c${index % 6})`;
-const seriesDash = index => (index < 6 ? "" : "6 4");
+const seriesDash = index => ["", "9 4", "3 3", "12 3 3 3"][index % 4];
 const count = value => Math.round(value).toLocaleString("en");
 const short = value => (value === null || value === undefined ? "–" : String(+value.toPrecision(3)));
 const percent = value => `${(100 * value).toFixed(value < 0.1 ? 1 : 0)} %`;

@@ -11,31 +11,34 @@ function inkOn(color) {
   return 0.299 * red + 0.587 * green + 0.114 * blue > 140 ? "#000" : "#fff";
 }
 
-function sizes(map, room) {
+function sizes(map, room, least) {
   const label = 14 + 7 * Math.max(5, ...map.rows.map(name => name.length));
-  const longest = Math.max(...map.columns.map(column => column.name.length));
-  const wanted = map.kind === "module" ? Math.max(40, 7 * longest + 10) : 30;
-  const width = Math.max(6, Math.min(wanted, (room - label) / map.columns.length));
+  const longestOf = names => Math.max(...names.map(name => name.length));
+  let names = map.columns.map(column => column.name);
+  const wanted = map.kind === "module" ? Math.max(40, 7 * longestOf(names) + 10) : 30;
+  const width = Math.max(least, Math.min(wanted, (room - label) / map.columns.length));
   const height = Math.max(10, Math.min(26, 900 / map.rows.length));
-  return { label, width, height, slant: map.kind === "module" && 7 * longest > width, longest };
+  if (7 * longestOf(names) > width) names = names.map(name => name.replace(/_proj$/, ""));
+  return { label, width, height, names, slant: map.kind === "module" && 7 * longestOf(names) > width, longest: longestOf(names) };
 }
 
 // values: rows of numbers or null; most: the top of the scale; name(row, column) and tell(box, row, column) for the tooltip
-function heatmap(parent, { map, title, what, most, power = 1, show, unit, tell, room }) {
+function heatmap(parent, { map, title, what, most, power = 1, show, unit, tell, room, least = 6 }) {
   const panel = put(parent, "div", { class: "panel" });
   put(panel, "h3", {}, title);
-  const { label, width, height, slant, longest } = sizes(map, room);
+  const { label, width, height, names, slant, longest } = sizes(map, room, least);
   const head = (map.kind === "module" ? 20 : 0) + (slant ? 12 + 5 * longest : 20);
   const [across, down] = [label + width * map.columns.length + (slant ? 30 : 2), head + height * map.rows.length + 2];
   const svg = put(put(panel, "div", { class: "scroll" }), "svg", { width: across, height: down, role: "img", tabindex: 0, "aria-label": `${title}; arrow keys read the cells` });
-  columnNames(svg, map, { label, width, head, slant });
+  columnNames(svg, map, { label, width, head, names, slant });
   const rowStep = Math.ceil(14 / height);
   map.rows.forEach((name, row) => {
     if (row % rowStep === 0) put(svg, "text", { x: label - 8, y: head + height * (row + 0.5) + 4, "text-anchor": "end" }, name);
   });
-  const cells = map.cells.map((places, row) => places.map((place, column) => cell(svg, place, label + width * column, head + height * row, width, height)));
+  const numbers = height >= 15 && width >= 7.2 * Math.max(show(most).length, show(most / 20).length) + 2;
+  const cells = map.cells.map((places, row) => places.map((place, column) => cell(svg, place, label + width * column, head + height * row, width, height, numbers)));
   const chosen = put(svg, "rect", { class: "chosen", width, height, visibility: "hidden" });
-  scale(panel, what, show(0), show(most), unit);
+  scale(panel, what, "0", show(most), unit);
 
   function paint(values) {
     cells.forEach((line, row) => line.forEach((own, column) => {
@@ -54,20 +57,20 @@ function heatmap(parent, { map, title, what, most, power = 1, show, unit, tell, 
   return paint;
 }
 
-function cell(svg, place, x, y, width, height) {
+function cell(svg, place, x, y, width, height, numbers) {
   if (place === null) return null;
   const gap = width > 12 ? 1 : 0.4;
   const box = put(svg, "rect", { x, y, width: width - gap, height: height - gap, rx: width > 20 ? 2 : 0 });
-  if (width < 22 || height < 15) return { box };
+  if (!numbers) return { box };
   return { box, text: put(svg, "text", { class: "number", x: x + width / 2, y: y + height / 2 + 4, "text-anchor": "middle" }) };
 }
 
-function columnNames(svg, map, { label, width, head, slant }) {
+function columnNames(svg, map, { label, width, head, names, slant }) {
   let first = 0;
   map.columns.forEach((column, index) => {
     const every = map.kind === "module" ? 1 : Math.ceil(22 / width), x = label + width * (index + 0.5);
     const place = slant ? { x: x - 3, y: head - 7, transform: `rotate(-35 ${x - 3} ${head - 7})` } : { x, y: head - 6, "text-anchor": "middle" };
-    if (index % every === 0) put(svg, "text", place, column.name);
+    if (index % every === 0) put(svg, "text", place, names[index]);
     const last = index + 1 === map.columns.length || map.columns[index + 1].part !== column.part;
     if (map.kind !== "module" || !last) return;
     put(svg, "text", { class: "value", x: label + (width * (first + index + 1)) / 2, y: 12, "text-anchor": "middle" }, column.part);

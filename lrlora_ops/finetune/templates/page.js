@@ -16,9 +16,9 @@ function runsTable() {
   const texts = [...new Set(RUNS.flatMap(run => Object.keys(run.summary.before)))];
   const columns = [
     ["run", null],
-    ["ranks: mean (lowest to highest)", run => `${short(run.rank[1])} (${run.rank[0]} to ${run.rank[2]})`],
+    ["mean rank (lowest to highest)", run => `${short(run.rank[1])} (${run.rank[0]} to ${run.rank[2]})`],
     ["adapter parameters", run => (run.parameters === null ? "–" : count(run.parameters))],
-    ...texts.map(text => [`${text}, bits per byte`, run => run.bits[text], run => run.before[text]]),
+    ...texts.map(text => [`bits per byte, ${text}`, run => run.bits[text], run => run.before[text]]),
     ["training time", run => duration(run.seconds)],
     ["tokens per second", run => (run.speed === null ? "–" : count(run.speed))],
     ["held, start to end", run => (run.held ? `${bytes(run.held[0])} to ${bytes(run.held[1])}` : "–")],
@@ -48,12 +48,29 @@ function bitsCell(row, run, value, before) {
 }
 
 function overview() {
-  const line = (run, index) => ({ name: run.label, color: seriesColor(index), dash: seriesDash(index) });
-  lineChart(byId("overview"), { title: "Training loss", unit: "nats per token", show: value => value.toFixed(3), series: RUNS.map((run, index) => ({ ...line(run, index), points: run.loss })) });
+  const line = (run, index) => ({ name: run.label, color: seriesColor(index) });
+  lineChart(byId("overview"), { title: "Training loss, smoothed", unit: "nats per token", show: value => value.toFixed(3), series: RUNS.map((run, index) => ({ ...line(run, index), points: averaged(run.loss), faint: run.loss })) });
   lineChart(byId("overview"), {
     title: "Rank: mean, band from lowest to highest", unit: "rank", fromZero: true,
-    series: RUNS.map((run, index) => ({ ...line(run, index), ...spreadOverTime(run) })),
+    series: RUNS.map((run, index) => ({ ...line(run, index), dash: seriesDash(index), ...spreadOverTime(run) })),
   });
+}
+
+// Means over a twentieth of the run, at most, that ends there.
+function averaged(points) {
+  const most = Math.ceil(points.length / 20);
+  return points.map(([step], at) => [step, mean(points.slice(Math.max(0, at + 1 - most), at + 1).map(([, loss]) => loss))]);
+}
+
+// The last ranks of all runs, on one scale.
+function sideBySide() {
+  if (RUNS.length === 1) return;
+  const box = put(byId("all"), "div", { class: "panels" }), most = max(RUNS.map(highest)), room = Math.min(350, byId("all").clientWidth);
+  for (const run of RUNS) for (const map of run.maps) {
+    const last = run.snapshots.length - 1, values = map.cells.map(row => row.map(place => (place === null ? null : run.snapshots[last].ranks[place])));
+    const tell = (tip, row, column) => tellCell(tip, run, map, row, column, last);
+    heatmap(box, { map, title: `${run.label}: rank by layer and ${map.kind}`, what: "rank", most, show: count, unit: "", tell, room, least: 3 })(values);
+  }
 }
 
 function spreadOverTime(run) {
@@ -77,7 +94,8 @@ function choose(index) {
   if (RUNS.length > 1) byId("table").querySelectorAll("tbody tr").forEach((row, at) => row.setAttribute("aria-selected", at === index));
   for (const id of ["time", "maps", "growth", "cost"]) byId(id).replaceChildren();
   const run = RUNS[index];
-  byId("method").textContent = `${run.label}: ${run.summary.method}, from ${run.summary.directory}`;
+  byId("ranks-title").textContent = `Ranks of ${run.label}`;
+  byId("method").textContent = `${run.summary.method}, from ${run.summary.directory}`;
   ranks(run);
   growth(run);
   cost(run);
@@ -167,7 +185,7 @@ function sparkline(tip, values, most, index) {
 
 function growth(run) {
   const series = run.parts.map((part, index) => ({
-    name: `${part.name} (${count(part.count)})`, color: seriesColor(index), dash: seriesDash(index),
+    name: `${part.name} (${count(part.count)})`, color: seriesColor(run.parts.length > 1 ? index + 3 : current), dash: seriesDash(index),
     points: run.summary.done ? run.snapshots.map((own, at) => [own.step, part.ranks[at][1]]) : [],
     band: run.snapshots.map((own, at) => [own.step, part.ranks[at][0], part.ranks[at][2]]),
   }));
@@ -188,7 +206,7 @@ function layersOverTime(run, map) {
     tooltipRow(tip, `${word.toLowerCase()} rank`, short(values[row][column]));
   };
   const title = `${word} rank of each layer by optimizer step`;
-  heatmap(box, { map: { kind: "time", rows: map.rows, columns, cells: values }, title, what: "rank", most: max(values.map(max)), show: short, unit: "", tell, room: Math.min(560, byId("growth").clientWidth) })(values);
+  heatmap(box, { map: { kind: "time", rows: map.rows, columns, cells: values }, title, what: "rank", most: highest(run), show: value => value.toFixed(map.kind === "expert" ? 0 : 1), unit: "", tell, room: Math.min(560, byId("growth").clientWidth) })(values);
 }
 
 function cost(run) {
@@ -200,14 +218,21 @@ function cost(run) {
   put(box, "p", { class: "note" }, `Computed from the last ranks, not measured, for ${count(costs.tokens)} tokens in a step. Saved is what autograd keeps because of the adapters. Times are floors at the datasheet's rates of bandwidth and arithmetic, and routing is taken as even; the frozen layers take ${milliseconds(costs.frozen)}. Padded is a masked LoRA of that rank everywhere.`);
 }
 
+function draw() {
+  for (const id of ["overview", "all"]) byId(id).replaceChildren();
+  overview();
+  sideBySide();
+  choose(current);
+}
+
 lead();
 runsTable();
-overview();
 runSwitch();
-choose(0);
-dark.addEventListener("change", () => choose(current));
-let width = innerWidth;
+draw();
+dark.addEventListener("change", draw);
+let drawnAt = innerWidth;
 addEventListener("resize", () => {
-  if (innerWidth !== width) choose(current);
-  width = innerWidth;
+  if (innerWidth !== drawnAt) draw();
+  drawnAt = innerWidth;
 });
+addEventListener("keydown", event => event.key === "Escape" && hideTooltip());
