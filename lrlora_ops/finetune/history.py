@@ -97,7 +97,7 @@ def sensitivities(adapters: Adapters) -> list[float | None]:
     What is at stake with the components of a group, to first order, in the unit of the loss. None if it is not finite.
     """
     groups = [_group_sensitivity(module.table).cpu() for module in adapters.modules.values()]
-    return [_number(value) for value in torch.cat(groups).tolist()]
+    return [_number(value, 4) for value in torch.cat(groups).tolist()]
 
 
 def _group_sensitivity(table: RankTable) -> Tensor:
@@ -128,6 +128,6 @@ def traced_layers(adapters: Adapters, seq_len: int, rows: int) -> dict[str, Any]
     }
 
 
-def _number(value: float) -> float | None:
-    """With six digits; None, which is null in JSON, if it is not finite."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+def _number(value: float, digits: int = 6) -> float | None:
+    """With so many digits; None, which is null in JSON, if it is not finite."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None

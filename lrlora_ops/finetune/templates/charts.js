@@ -1,5 +1,5 @@
 // Line charts with a cursor that reads them, and bars.
-const HEIGHT = 270, LEFT = 52, RIGHT = 14, TOP = 10, BOTTOM = 42;
+const HEIGHT = 270, LEFT = 52, RIGHT = 22, TOP = 10, BOTTOM = 42;
 
 // series: [{ name, color, dash, points: [[x, y]], faint: the same, behind them, band: [[x, low, high]] }]
 function lineChart(parent, { title, unit, series, fromZero, show = short }) {

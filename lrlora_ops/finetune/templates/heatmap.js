@@ -17,7 +17,7 @@ function sizes(map, room, least) {
   let names = map.columns.map(column => column.name);
   const wanted = map.kind === "module" ? Math.max(40, 7 * longestOf(names) + 10) : 30;
   const width = Math.max(least, Math.min(wanted, (room - label) / map.columns.length));
-  const height = Math.max(10, Math.min(26, 900 / map.rows.length));
+  const height = Math.max(8, Math.min(26, (map.kind === "module" ? 720 : 480) / map.rows.length));
   if (7 * longestOf(names) > width) names = names.map(name => name.replace(/_proj$/, ""));
   return { label, width, height, names, slant: map.kind === "module" && 7 * longestOf(names) > width, longest: longestOf(names) };
 }
@@ -68,7 +68,7 @@ function cell(svg, place, x, y, width, height, numbers) {
 function columnNames(svg, map, { label, width, head, names, slant }) {
   let first = 0;
   map.columns.forEach((column, index) => {
-    const every = map.kind === "module" ? 1 : Math.ceil(22 / width), x = label + width * (index + 0.5);
+    const every = map.kind === "module" ? 1 : Math.ceil((7 * names.at(-1).length + 8) / width), x = label + width * (index + 0.5);
     const place = slant ? { x: x - 3, y: head - 7, transform: `rotate(-35 ${x - 3} ${head - 7})` } : { x, y: head - 6, "text-anchor": "middle" };
     if (index % every === 0) put(svg, "text", place, names[index]);
     const last = index + 1 === map.columns.length || map.columns[index + 1].part !== column.part;

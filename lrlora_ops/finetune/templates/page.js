@@ -153,7 +153,7 @@ function panels(run, map) {
   const paints = [index => { shown.at = index; paintRank(spread(run.snapshots[index].ranks)); }];
   const mostSensitive = max(run.snapshots.map((_, index) => max(sensitivityShares(run, index) ?? [])));
   if (mostSensitive) {
-    const paint = heatmap(box, { ...common, title: "Sensitivity: what of the loss hangs on it", what: "sensitivity", most: mostSensitive, power: 0.5, show: value => (100 * value).toFixed(value < 0.0995 ? 1 : 0), unit: "% of all" });
+    const paint = heatmap(box, { ...common, title: "Sensitivity: what of the loss hangs on it", what: "sensitivity", most: mostSensitive, power: 0.5, show: value => (100 * value).toFixed(value >= 0.0995 ? 0 : mostSensitive >= 0.05 ? 1 : 2), unit: "% of all" });
     paints.push(index => paint(spread(sensitivityShares(run, index))));
   }
   return paints;
@@ -189,7 +189,8 @@ function growth(run) {
     points: run.summary.done ? run.snapshots.map((own, at) => [own.step, part.ranks[at][1]]) : [],
     band: run.snapshots.map((own, at) => [own.step, part.ranks[at][0], part.ranks[at][2]]),
   }));
-  const title = run.parts.length > 1 ? "Attention against MLP: mean rank, band from lowest to highest" : `Rank of ${run.parts[0].name}: mean, band from lowest to highest`;
+  const names = run.parts.length > 3 ? "the parts of a layer" : run.parts.map(part => part.name).join(" against ");
+  const title = `Rank of ${names}: mean, band from lowest to highest`;
   lineChart(byId("growth"), { title, unit: "rank", fromZero: true, series });
   if (run.summary.done) for (const map of run.maps) layersOverTime(run, map);
 }
