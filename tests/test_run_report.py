@@ -10,12 +10,10 @@ from typer.testing import CliRunner
 
 from lrlora_ops._checkpoint import STATE_FILE
 from lrlora_ops.cli import app
-from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.gpus import GPUS
-from lrlora_ops.finetune.own_text import prepare_output
 from lrlora_ops.finetune.page import losses, page_data, render, smoothed, thinned
 from lrlora_ops.finetune.run_costs import run_costs
-from lrlora_ops.finetune.runs import FILE, Run, read_runs
+from lrlora_ops.finetune.runs import Run, read_runs
 from lrlora_ops.plan import owned, peft
 from tests._cli import assert_one_line
 from tests._runs import GROWING, LEARNED, STEPS, rewritten, train_run
@@ -153,14 +151,6 @@ def test_a_run_with_gaps_has_a_page(output, tmp_path, change, ended, points, cos
     assert len(run["loss"]) == points
     assert run["snapshots"][0]["ranks"] == [1] * 8
     assert ("arms" in run["costs"]) == costs and (costs or run["costs"] == {"reason": "quantised"})
-
-
-def test_a_run_that_saved_nothing_leaves_its_output_free(tmp_path):
-    (tmp_path / FILE).write_text("{}\n")
-    prepare_output(tmp_path)
-    (tmp_path / "thesis").write_text("do not touch")
-    with pytest.raises(CommandError, match="is not empty"):
-        prepare_output(tmp_path)
 
 
 def report(*words):

@@ -19,7 +19,6 @@ from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.machine import describe, peak_memory, pick_device
 from lrlora_ops.finetune.outcome import draw_ranks, print_ranks, print_results
 from lrlora_ops.finetune.pretrained import load_pretrained
-from lrlora_ops.finetune.runs import FILE as HISTORY
 from lrlora_ops.finetune.tokens import encode
 from lrlora_ops.finetune.trainer import Recipe
 
@@ -148,7 +147,7 @@ def prepare_output(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
-        occupied = any(path.name != HISTORY for path in directory.iterdir())  # alone, of a run that saved nothing
+        occupied = any(directory.iterdir())
     except OSError as error:
         raise CommandError(f"{directory} cannot be written ({error.strerror}): choose another --output") from None
     if occupied:
