@@ -17,7 +17,11 @@ const short = value => (value === null || value === undefined ? "–" : String(+
 const percent = value => `${(100 * value).toFixed(value < 0.1 ? 1 : 0)} %`;
 
 function bytes(value) {
-  const [unit, size] = [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]].find(([, size]) => value >= size) ?? ["B", 1];
+  const [unit, size] = [
+    ["GB", 1e9],
+    ["MB", 1e6],
+    ["kB", 1e3],
+  ].find(([, size]) => value >= size) ?? ["B", 1];
   return `${short(value / size)} ${unit}`;
 }
 
@@ -28,14 +32,18 @@ function milliseconds(value) {
 function duration(seconds) {
   if (seconds < 60) return `${seconds.toFixed(1)} s`;
   const minutes = Math.round(seconds / 60);
-  return minutes < 60 ? `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  return minutes < 60
+    ? `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`
+    : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
 function ticks(low, high, wanted = 5) {
-  const rough = (high - low || 1) / wanted, power = 10 ** Math.floor(Math.log10(rough));
+  const rough = (high - low || 1) / wanted,
+    power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map(factor => factor * power).find(size => size >= rough);
   const found = [];
-  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) found.push(+(k * step).toPrecision(12));
+  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++)
+    found.push(+(k * step).toPrecision(12));
   return found;
 }
 
@@ -52,10 +60,13 @@ function showTooltip(x, y, fill) {
   tooltip.style.top = `${Math.max(4, top)}px`;
 }
 
-const hideTooltip = () => { tooltip.hidden = true; };
+const hideTooltip = () => {
+  tooltip.hidden = true;
+};
 
 function tooltipRow(parent, name, value, color) {
-  const row = put(parent, "div", { class: "row" }), label = put(row, "span");
+  const row = put(parent, "div", { class: "row" }),
+    label = put(row, "span");
   if (color) put(label, "span", { class: "swatch", style: `background:${color}` });
   label.append(name);
   put(row, "span", {}, value);
