@@ -46,6 +46,7 @@ def trace(model: Any, targets: Mapping[str, nn.Module], tokens: int) -> Trace:
         RuntimeError: The model's forward depends on values.
     """
     model.requires_grad_(False).train()
+    model.config.get_text_config().use_cache = True  # without a cache, transformers looks into position_ids
     calls: dict[str, tuple[Any, ...]] = {}  # holds on to every input, so that no two share a storage by chance
     handles = [module.register_forward_pre_hook(_note(calls, name)) for name, module in targets.items()]
     embeddings = model.get_input_embeddings().weight

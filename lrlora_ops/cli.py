@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 if missing := [
     name
-    for name in ("typer", "rich", "matplotlib", "pydantic", "yaml", "transformers", "tokenizers")
+    for name in ("typer", "rich", "jinja2", "matplotlib", "pydantic", "yaml", "transformers", "tokenizers")
     if not find_spec(name)
 ]:
     print(f"lrlora needs {', '.join(missing)}, not installed here: pip install 'lrlora_ops[cli]'", file=sys.stderr)
@@ -173,6 +173,18 @@ def schema() -> None:
     from lrlora_ops.finetune.config import FineTuneConfig
 
     typer.echo(json.dumps(FineTuneConfig.model_json_schema(), indent=2))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Outputs of finetune or demo.")],
+    output: Annotated[Path, typer.Option(help="Directory for the page and the pictures.")] = Path("lrlora-report"),
+    gpu: Annotated[str, typer.Option(help="Whose datasheet rates floors of time are computed with.")] = "H200",
+) -> None:
+    """Where the rank went: a page and pictures of one or several runs, and what padded LoRA would cost."""
+    from lrlora_ops.finetune.reported import write_report
+
+    write_report(runs, output, gpu, Console())
 
 
 @app.command()

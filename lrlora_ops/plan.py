@@ -137,8 +137,16 @@ def owned(layers: Sequence[Layer], mean_rank: float, max_rank: int) -> Held:
 
     The u of routed rows has a column for each component that an expert may get.
     """
-    u = sum(layer.u_bytes(max_rank if layer.is_experts else mean_rank) for layer in layers)
-    return _held(layers, mean_rank, u + _inputs(layers))
+    return owned_at(layers, [mean_rank] * len(layers), [max_rank] * len(layers))
+
+
+def owned_at(layers: Sequence[Layer], mean_ranks: Sequence[float], max_ranks: Sequence[int]) -> Held:
+    """``owned`` with ranks that differ by layer: the mean of its experts, and what one of them may get."""
+    held = u = 0.0
+    for layer, mean, most in zip(layers, mean_ranks, max_ranks, strict=True):
+        held += ADAPTER * layer.parameters(mean)
+        u += layer.u_bytes(most if layer.is_experts else mean)
+    return Held(held, held, 2 * held, u + _inputs(layers))
 
 
 def learning(layers: Sequence[Layer], mean_rank: float, max_rank: int) -> Held:

@@ -205,9 +205,9 @@ def test_demo_fails_if_the_adapter_does_not_come_back(demo, monkeypatch, tmp_pat
     text = encode(load_pretrained(base, torch.device("cpu"))[1], [TEXT[:1000]])
     texts = Texts([(text.tokens, 2)], {"text": text}, seq_len=32)
     console = Console(quiet=True)
-    arms = fine_tune(base, texts, dense(seed=0), TEN_STEPS, DemoSettings(**SHORT), console)
-    assert all(same_budget(arms).values())
     settings = DemoSettings(output=tmp_path, **SHORT)
+    arms = fine_tune(base, texts, dense(seed=0), TEN_STEPS, settings, console, {})
+    assert all(same_budget(arms).values())
     print_checks(console, check(arms, base, texts, settings))
     monkeypatch.setattr("lrlora_ops.Adapters.load", forget)
     with pytest.raises(CheckFailed, match="1 of 3 checks failed"):

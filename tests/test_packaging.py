@@ -134,5 +134,7 @@ def test_wheel_holds_every_module_and_installs_the_command(tmp_path):
     expected |= {f"lrlora_ops/kernels/{path.name}" for path in (source / "kernels").glob("*.py")}
     wheel = zipfile.ZipFile(build(source, "build_wheel", {}))
     assert {name for name in wheel.namelist() if name.endswith(".py")} == expected
+    templates = {str(path.relative_to(source)) for path in (source / "lrlora_ops").rglob("templates/*")}
+    assert templates and templates <= set(wheel.namelist())
     [entry_points] = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     assert b"lrlora = lrlora_ops.cli:main" in wheel.read(entry_points)

@@ -14,7 +14,7 @@ from benchmarks.shapes import ExpertsShape, ProjectionShape, Shape
 from lrlora_ops import DynamicRank, FixedRank, LearnedRank, apply_lora
 from lrlora_ops._storage import saved_bytes
 from lrlora_ops._targets import find_targets
-from lrlora_ops.plan import Cost, Gpu, Held, Layer, largest_rank, learning, owned, peft
+from lrlora_ops.plan import Cost, Gpu, Held, Layer, largest_rank, learning, owned, owned_at, peft
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
@@ -93,6 +93,13 @@ def test_experts_by_hand():
     assert held.adapters == 4 * 64 * 16 * (2048 + 2048 + 1024 + 2048)
     assert held.saved == 2 * 2 * 4096 * 64
     assert peft([MIXTURE], 16, 64).saved == 2 * (64 * 3 * 2048 * 1024 + 4096 * 3072 + 64 * 16 * 7168)
+
+
+def test_ranks_that_differ_by_layer_are_held_layer_by_layer():
+    held = owned_at([LAYER, MIXTURE], [16, 2.5], [99, 7])
+    alone = owned([LAYER], 16, 99)
+    assert held.adapters == held.gradients == alone.adapters + 4 * 64 * 2.5 * 7168
+    assert held.saved == alone.saved + 2 * 2 * 4096 * 7  # a column for each component that an expert may get
 
 
 def assert_costs(found: Cost, moved: int, flops: int) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from lrlora_ops import Adapters, apply_lora
 from lrlora_ops.expert_map import ExpertMap
 from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.evaluate import bits_per_byte
+from lrlora_ops.finetune.history import History, traced_layers
+from lrlora_ops.finetune.machine import describe
 from lrlora_ops.finetune.progress import rank_list, training_progress
 from lrlora_ops.finetune.routing import routing_shares
 from lrlora_ops.finetune.tokens import EncodedExamples, EncodedText, batches
@@ -156,6 +159,8 @@ class Arm:
         texts: Texts,
         seed: int,
         console: Console,
+        directory: Path,
+        before: Mapping[str, float],
         trainer: Trainer | None = None,
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
@@ -165,6 +170,8 @@ class Arm:
             texts: What to train and to measure on.
             seed: Of the batches.
             console: For the progress bar.
+            directory: Gets the history of the run.
+            before: Held-out bits per byte without adapters, for the history.
             trainer: Of these adapters; it may have made steps before, and goes on with the batches after them.
             after_step: Called after each step.
         """
@@ -174,16 +181,18 @@ class Arm:
         held_at_start = self._held()
         trainer = trainer or self.trainer()
         stream = islice(batches(texts.train, texts.seq_len, steps, seed), trainer.steps, None)
+        history = self._history(texts, seed, directory, before, trainer.steps)
         with training_progress(
             console, self.plan.name, steps, texts.tokens_per_step, self.adapters, trainer.steps
         ) as show:
 
             def on_step(loss: float) -> None:
+                history.on_step(loss)
                 show(loss)
                 after_step()
 
             start = time.perf_counter()
-            trainer.run(stream, on_step)
+            trainer.run(stream, on_step, history.on_backward)
             self.seconds = time.perf_counter() - start
         self.held = held_at_start, self._held()
         if device.type == "cuda":
@@ -191,6 +200,27 @@ class Arm:
         self.bits = texts.measure(self.model)
         trained_on = {name: text for name, text in texts.held_out.items() if name not in texts.forgotten}
         self.routing = routing_shares(self.model, self.adapters, trained_on, texts.seq_len, texts.rows)
+        history.end(
+            bits=self.bits,
+            routing={text: {name: own.tolist() for name, own in of.items()} for text, of in self.routing.items()},
+            parameters=self.parameters,
+            held=self.held,
+            gpu_bytes=self.gpu_bytes,
+        )
+
+    def _history(
+        self, texts: Texts, seed: int, directory: Path, before: Mapping[str, float], first_step: int
+    ) -> History:
+        history = History(directory, self.adapters, self.recipe.steps, first_step)
+        history.begin(
+            name=self.plan.name,
+            machine=describe(self.adapters.parameters()[0].device),
+            seed=seed,
+            tokens=round(texts.tokens_per_step),
+            before=dict(before),
+            **traced_layers(self.adapters, texts.seq_len, texts.rows),
+        )
+        return history
 
     def _held(self) -> int:
         return ADAM_COPIES * sum(p.numel() * p.element_size() for p in self.adapters.parameters())

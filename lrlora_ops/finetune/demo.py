@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def run_demo(experiment: Experiment, settings: DemoSettings, console: Console) -
     before = texts.tuning.measure(model)
 
     recipe = plan_fine_tuning(costs.scaled(pace.slowness), experiment, settings, deadline, console)
-    arms = fine_tune(base, texts.tuning, experiment, recipe, settings, console)
+    arms = fine_tune(base, texts.tuning, experiment, recipe, settings, console, before)
 
     print_results(console, before, arms)
     print_comparison(console, arms[0], arms[1:])
@@ -178,18 +178,29 @@ def pretrain(model: nn.Module, texts: DemoTexts, recipe: Recipe, pace: Pace, see
 
 
 def fine_tune(
-    base: Path, texts: Texts, experiment: Experiment, recipe: Recipe, settings: DemoSettings, console: Console
+    base: Path,
+    texts: Texts,
+    experiment: Experiment,
+    recipe: Recipe,
+    settings: DemoSettings,
+    console: Console,
+    before: Mapping[str, float],
 ) -> list[Arm]:
-    """Each arm from the same weights, on the same batches."""
+    """Each arm from the same weights, whose held-out bits per byte were ``before``, on the same batches."""
     arms: list[Arm] = []
     plans: list[ArmPlan | ControlPlan] = [*experiment.plans, *experiment.controls]
     for planned in plans:
         plan = planned if isinstance(planned, ArmPlan) else planned(arms)
         model, _ = load_pretrained(base, pick_device(settings.device))
         arm = Arm.prepare(plan, recipe, model, settings.seed)
-        arm.train(texts, settings.seed, console)
+        arm.train(texts, settings.seed, console, arm_directory(settings.output, plan), before)
         arms.append(arm)
     return arms
+
+
+def arm_directory(output: Path, plan: ArmPlan) -> Path:
+    """For the history of an arm, and its adapters."""
+    return output / "adapters" / plan.name
 
 
 def check(arms: Sequence[Arm], base: Path, texts: Texts, settings: DemoSettings) -> dict[str, bool]:
@@ -205,7 +216,7 @@ def check(arms: Sequence[Arm], base: Path, texts: Texts, settings: DemoSettings)
 
 def save_and_reload(arm: Arm, base: Path, texts: Texts, output: Path) -> dict[str, bool]:
     """Save the arm's adapters, and check them on a fresh copy of the base model by the last held-out text."""
-    directory = output / "adapters" / arm.plan.name
+    directory = arm_directory(output, arm.plan)
     arm.adapters.save(directory)
     model, _ = load_pretrained(base, arm.model.device)
     last = dict([list(texts.held_out.items())[-1]])

@@ -109,7 +109,7 @@ class _Run:
                 save()
 
         try:
-            arm.train(texts, config.seed, console, trainer, after_step)
+            arm.train(texts, config.seed, console, config.output, facts["before"], trainer, after_step)
             arm.adapters.save(config.output)
             print_results(console, facts["before"], [arm])
             print_ranks(console, arm)

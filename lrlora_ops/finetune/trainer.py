@@ -81,8 +81,10 @@ class Trainer:
         self.steps, self.whole, self._compacted = 0, True, adapters is None
         model.train()
 
-    def step(self, batch: Tensor) -> float:
+    def step(self, batch: Tensor, on_backward: Callable[[], None] = lambda: None) -> float:
         """One step on a batch, int64 ``[rows, tokens]``; returns its loss.
+
+        ``on_backward`` is called before the ranks move, which clears the sensitivities.
 
         Raises:
             Diverged: The loss or its gradient is not finite any more; nothing is changed then.
@@ -95,6 +97,7 @@ class Trainer:
             if not math.isfinite(number):
                 lower = f"lower the learning rate, {self.recipe.lr:g}"
                 raise Diverged(f"the {name} is {number} at step {self.steps}: {lower}")
+        on_backward()
         self.whole = False
         if self.adapters is not None:
             self.adapters.step(loss)
@@ -108,8 +111,13 @@ class Trainer:
         self.whole = True
         return value
 
-    def run(self, batches: Iterable[Tensor], on_step: Callable[[float], None]) -> None:
-        """A step on each batch, and after it ``on_step`` with its loss.
+    def run(
+        self,
+        batches: Iterable[Tensor],
+        on_step: Callable[[float], None],
+        on_backward: Callable[[], None] = lambda: None,
+    ) -> None:
+        """A step on each batch, in it ``on_backward``, and after it ``on_step`` with its loss.
 
         Raises:
             Diverged: As ``step`` does.
@@ -117,7 +125,7 @@ class Trainer:
         """
         with _interrupted_between_steps() as between:
             for batch in batches:
-                on_step(self.step(batch))
+                on_step(self.step(batch, on_backward))
                 between()
 
     def state_dict(self) -> dict[str, Any]:
