@@ -47,7 +47,8 @@ class LearnedRank:
         lr: Step size of the ranks, in components. None: ``10 * max_rank`` over the number of learning steps,
             within 0.001 to 1. Too small a one is the only danger.
         penalty: Advanced: no budget, but a price per component, in units of the first loss. ``mean_rank`` is
-            where the ranks start, and ``step(loss=...)`` is needed. A price does not transfer between tasks.
+            where the ranks start, and the first step needs the loss, ``step(loss=...)``; a trainer's callback gives it.
+            A price does not transfer between tasks.
         seed: Seed of the sampling; the same on all processes.
 
     Raises:
