@@ -202,12 +202,9 @@ from lrlora_ops.cli import main
     assert result.stderr == "lrlora needs typer, matplotlib, not installed here: pip install 'lrlora_ops[cli]'\n"
 
 
-def test_bench_prints_the_table_of_a_results_file():
+def test_bench_prints_the_table_of_a_results_file(capfd):
     file = ROOT / "benchmarks" / "results" / "intel-r-xeon-r-processor-2-50ghz.json"
-    command = [sys.executable, "-m", "lrlora_ops.cli", "bench", "--table"]
-    finished = subprocess.run([*command, str(file)], cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert "8B q_proj 1024x4096x4096 fp32 r16, forward+backward" in finished.stdout
-    wrong = subprocess.run([*command, "pyproject.toml"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert "pyproject.toml is not a results file" in wrong.stderr
+    assert CliRunner().invoke(app, ["bench", "--table", str(file)]).exit_code == 0
+    assert "8B q_proj 1024x4096x4096 fp32 r16, forward+backward" in capfd.readouterr().out
+    assert CliRunner().invoke(app, ["bench", "--table", "pyproject.toml"]).exit_code == 2
+    assert "pyproject.toml is not a results file" in capfd.readouterr().err

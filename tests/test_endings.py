@@ -165,7 +165,7 @@ def test_a_full_disk(tmp_path, monkeypatch, save_steps, words):
 
     monkeypatch.setattr(_checkpoint, "save_file", full)
     assert_one_line(run("learned", tmp_path, "--save-steps", save_steps), words, code=3)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"} | (
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "history.jsonl"} | (
         {"checkpoint-4"} if save_steps == 4 else set()
     )
 

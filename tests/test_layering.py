@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A unit is a module or package right under lrlora_ops; it may import itself and the layers above it in this list.
 # What is not listed (the package itself, the command line and what it is made of) comes last.
 LAYERS = [
-    {"rank_table", "routing", "_sharding"},
+    {"rank_table", "routing", "_sharding", "_storage"},
     {"reference", "eager", "kernels", "_checks"},
     {"ops"},
     {"modules"},
@@ -37,7 +37,7 @@ PARTS = {
 UPWARD_ON_USE = {("adapters", "integrations"), ("routing", "ops")}
 
 OPTIONAL = ["triton", "transformers", "tokenizers", "accelerate", "peft", "trl", "typer", "rich", "matplotlib"]
-OPTIONAL += ["bitsandbytes", "torchao", "pydantic", "yaml"]
+OPTIONAL += ["bitsandbytes", "torchao", "jinja2", "pydantic", "yaml"]
 
 # Without its finder a distribution is as good as not installed, for try-imports and for find_spec alike.
 HIDE_OPTIONAL = f"""
