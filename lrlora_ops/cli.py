@@ -176,18 +176,6 @@ def schema() -> None:
 
 
 @app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Outputs of finetune or demo.")],
-    output: Annotated[Path, typer.Option(help="Directory for the page and the pictures.")] = Path("lrlora-report"),
-    gpu: Annotated[str, typer.Option(help="Whose datasheet rates floors of time are computed with.")] = "H200",
-) -> None:
-    """Where the rank went: a page and pictures of one or several runs, and what padded LoRA would cost."""
-    from lrlora_ops.finetune.reported import write_report
-
-    write_report(runs, output, gpu, Console())
-
-
-@app.command()
 def export(
     model: Annotated[Path, typer.Option(help="Hugging Face model directory that the adapter was trained on.")],
     adapter: Annotated[Path, typer.Option(help="Directory that finetune or Adapters.save wrote, or a LoRA of PEFT.")],
@@ -218,6 +206,18 @@ def doctor(
     from lrlora_ops.finetune.examined import examine_directory
 
     examine_directory(directory, model, method.value, targets, device, dtype.value, Console())
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Outputs of finetune or demo.")],
+    output: Annotated[Path, typer.Option(help="Directory for the page and the pictures.")] = Path("lrlora-report"),
+    gpu: Annotated[str, typer.Option(help="Whose datasheet rates floors of time are computed with.")] = "H200",
+) -> None:
+    """Where the rank went: a page and pictures of one or several runs, and what padded LoRA would cost."""
+    from lrlora_ops.finetune.reported import write_report
+
+    write_report(runs, output, gpu, Console())
 
 
 @app.command()

@@ -95,6 +95,16 @@ def test_costs_are_those_of_the_adapters_and_of_the_plan(runs, output):
     assert [arm["name"] for arm in run_costs(runs[0], "H100")["arms"]][2] == "padded to the method's maximum, 6"
 
 
+def test_costs_follow_the_rank_of_each_layer(output, tmp_path):
+    def uneven(lines):
+        lines[-2]["ranks"] = [5 if "mlp" in name else 1 for name in lines[0]["adapters"]]
+
+    [run] = read_runs([rewritten(output / "adapters" / "learned", tmp_path, uneven)])
+    features = {name: settings["features"][""] for name, settings in run.start["adapters"].items()}
+    held = run_costs(run, "H200")["arms"][0]["held"]
+    assert held["A, B"] == 4 * sum((5 if "mlp" in name else 1) * sum(sizes) for name, sizes in features.items())
+
+
 def test_the_table_has_what_was_measured(runs):
     learned = page_data(runs, "H200")["runs"][0]["summary"]
     assert learned["before"] == {"near text": 3.25}
