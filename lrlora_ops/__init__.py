@@ -4,7 +4,7 @@ from lrlora_ops.adapters import Adapters
 from lrlora_ops.apply import apply_lora, load_adapter
 from lrlora_ops.methods import DynamicRank, FixedRank, LearnedRank
 from lrlora_ops.modules import VariableRankLoRAExperts, VariableRankLoRAGroupedLinear, VariableRankLoRALinear
-from lrlora_ops.ops import ExpertLinear, grouped_lora_linear, lora_linear, moe_lora_mlp
+from lrlora_ops.ops import ExpertLinear, grouped_lora_linear, lora_linear, moe_lora_mlp, sinc_lora_linear
 from lrlora_ops.rank_table import RankTable
 from lrlora_ops.routing import Routing
 
@@ -26,4 +26,5 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "moe_lora_mlp",
+    "sinc_lora_linear",
 ]
