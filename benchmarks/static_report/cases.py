@@ -30,6 +30,10 @@ PRIMITIVES = {name: VARIANTS for name in ("shrink", "expand", "gram", "shrink_gr
 # These know experts alone.
 _OF_EXPERTS = ("grouped_gemm", "gated_shrink", "gated_shrink_backward", "adapter_gradients")
 PRIMITIVES |= {name: (("bf16", "bf16", "few rows"), *VARIANTS[1:]) for name in _OF_EXPERTS}
+# These know no experts: a weight, moved, and the gradients of what moves it.
+_OF_WEIGHTS = ("sinc_weight", "sinc_gradients")
+PRIMITIVES |= {name: tuple((dtype, adapter, "dense") for dtype, adapter, _ in VARIANTS) for name in _OF_WEIGHTS}
+NUM_COEFFICIENTS = 9
 # Those that know no rank, with the variants in which their code differs.
 RANKLESS = {
     "combine": (("bf16", "bf16", "grouped"), ("fp32", "fp32", "grouped")),
@@ -69,7 +73,8 @@ def cases(targets: list[str], quick: bool = False) -> list[Case]:
 
 
 def _is_quick(case: Case) -> bool:
-    widest = case.capacity in (0, CAPACITIES[-1]) and case.layout == "grouped" and case.dtype != "tf32"
+    every_flag = case.layout == "grouped" or case.primitive in _OF_WEIGHTS
+    widest = case.capacity in (0, CAPACITIES[-1]) and every_flag and case.dtype != "tf32"
     return widest or (case.target == "sm_90" and case.dtype == "bf16")
 
 
@@ -99,6 +104,10 @@ def launch(case: Case) -> None:
         weight = x.new_empty(1, SHAPE.N, SHAPE.K).expand(num_experts, -1, -1)
         bias = x.new_empty(num_experts, SHAPE.N)
         primitives.grouped_gemm(x, weight, bias, case.layout == "grouped", **experts, **gather, **low_rank)
+    elif case.primitive == "sinc_weight":
+        primitives.sinc_weight(x, a, a.new_empty(rank, SHAPE.M), torch.ones(NUM_COEFFICIENTS), 0.1, 1.0, dtype)
+    elif case.primitive == "sinc_gradients":
+        primitives.sinc_gradients(x, x, a, a.new_empty(rank, SHAPE.M), torch.ones(NUM_COEFFICIENTS), 0.1, 1.0)
     elif case.primitive in _OF_EXPERTS:
         _launch_of_experts(case.primitive, x, u, a, (ranks, 1.0, gate), experts, gather["row_index"])
     elif case.primitive == "gram":
