@@ -123,9 +123,7 @@ def sinc_lora_linear(
     backend = resolve_backend(backend, x.device)
     _checks.check_backend_dtypes(backend, x=x, lora_A=lora_A, lora_B=lora_B, coefficients=coefficients)
     if backend == "reference":
-        y = sinc_lora_linear_reference(
-            x, weight, lora_A, lora_B, coefficients, grid=grid, scaling=scaling, bias=bias
-        )
+        y = sinc_lora_linear_reference(x, weight, lora_A, lora_B, coefficients, grid=grid, scaling=scaling, bias=bias)
         return y.to(x.dtype)
     rows = math.prod(x.shape[:-1])
     with without_autocast(x.device):
