@@ -23,8 +23,8 @@ from lrlora_ops.kernels._configs import tile_for
 from lrlora_ops.kernels._reduce import reduce_slabs
 from lrlora_ops.kernels._tiles import dot_precision, padded_rank, row_major
 
-# Tiles along K that a program of sinc_gradients adds up: partial sums of d_b, one for each span, weigh little.
-_SPAN = 8
+# Columns that a program of sinc_gradients adds up: partial sums of d_b, one for each span, weigh little then.
+_SPAN = 512
 # The least |f|: a power of two, so that f (1 / f) is 1 to the bit, and large enough for 1 / f^2.
 _LEAST = tl.constexpr(2.0**-60)
 _PI_SQUARED = tl.constexpr(9.869604401089358)
@@ -85,8 +85,14 @@ def locate(z, inverse_grid):
     m = tl.floor(w + 0.5)
     f = w - m
     f = tl.where(tl.abs(f) < _LEAST, _LEAST, f)
+    return m, f, parity(m)
+
+
+@triton.jit
+def parity(m):
+    """``(-1)^m``."""
     half = m * 0.5
-    return m, f, 1.0 - 4.0 * (half - tl.floor(half))
+    return 1.0 - 4.0 * (half - tl.floor(half))
 
 
 @triton.jit
@@ -174,6 +180,7 @@ def sinc_gradients_kernel(
     scaling,
     WIDTH: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    ONE_RANK_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -185,27 +192,33 @@ def sinc_gradients_kernel(
     pid_n, span = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_c = tl.arange(0, BLOCK_C)
+    offs_c = tl.arange(0, BLOCK_C)[None, :]
     mask_n = offs_n < num_rows
     rows = offs_n.to(tl.int64)[:, None]
     first = tl.program_id(1) * SPAN * BLOCK_K
     dtype: tl.constexpr = m_ptr.dtype.element_ty
 
     d_b = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    d_c = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    d_c = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)  # by row: threads meet once, at the end
     for start in range(first, tl.minimum(first + SPAN * BLOCK_K, num_cols), BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         mask_k = offs_k < num_cols
         mask = mask_n[:, None] & mask_k[None, :]
         d = tl.load(m_ptr + rows * num_cols + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-        z = low_rank_tile(
-            a_ptr, b_ptr, rank, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype, PRECISION,
-            BLOCK_N, BLOCK_K, BLOCK_R,
-        )  # fmt: skip
+        a, b = load_factors(a_ptr, b_ptr, rank, offs_r, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype)
+        if ONE_RANK_TILE:
+            z = tl.dot(tl.trans(b), a, input_precision=PRECISION)
+        else:
+            z = low_rank_tile(
+                a_ptr, b_ptr, rank, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype, PRECISION,
+                BLOCK_N, BLOCK_K, BLOCK_R,
+            )  # fmt: skip
         m, f, sign = locate(z, inverse_grid)
         below_one = sinc_below_one(f)
         sinc = sign * (1.0 + below_one)
         d_sine = d * f * sinc
+        centre = tl.where(m == 0, d * below_one, d_sine / (m + f) - d)  # would cancel where z is small
+        d_c += tl.where(offs_c == reach, tl.sum(centre, 1)[:, None], 0.0)
         p, t = tl.zeros_like(z), tl.zeros_like(z)
         for index in range(0, 2 * reach + 1):  # not unrolled: that would hold the tiles of all k at once
             c = signed(index, reach) * tl.load(c_ptr + index)
@@ -213,14 +226,11 @@ def sinc_gradients_kernel(
             r = 1.0 / (distance + f)
             p += c * r
             t += c * (distance * r) * r
-            total = signed(index, reach) * tl.sum(tl.sum(d_sine * r, 1), 0)
+            total = signed(index, reach) * tl.sum(d_sine * r, 1)[:, None]
             d_c += tl.where((offs_c == index) & (index != reach), total, 0.0)
-        centre = tl.where(m == 0, d * below_one, d_sine / (m + f) - d)  # would cancel where z is small
-        d_c += tl.where(offs_c == reach, tl.sum(tl.sum(centre, 1), 0), 0.0)
-        slope = 1.0 + inverse_grid * (sinc * t + sign * cosine_below_sinc(f) * p)
+        slope = 1.0 + inverse_grid * (sinc * t + parity(m) * cosine_below_sinc(f) * p)
 
         d_z = (d * slope).to(dtype)
-        a, b = load_factors(a_ptr, b_ptr, rank, offs_r, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype)
         d_b = tl.dot(d_z, tl.trans(a), d_b, input_precision=PRECISION)
         d_a = tl.dot(tl.trans(d_z), tl.trans(b), input_precision=PRECISION)
         d_a_rows = (pid_n * WIDTH + offs_r)[None, :] * num_cols
@@ -234,7 +244,8 @@ def sinc_gradients_kernel(
     d_b_rows = (span * WIDTH + offs_r)[None, :] * num_rows
     tl.store(d_b_ptr + d_b_rows + offs_n[:, None], d_b, mask=(offs_r < rank)[None, :] & mask_n[:, None])
     if tl.program_id(2) == 0:
-        tl.store(d_c_ptr + (pid_n * tl.num_programs(1) + span) * BLOCK_C + offs_c, d_c)
+        d_c_row = (pid_n * tl.num_programs(1) + span) * BLOCK_C
+        tl.store(d_c_ptr + d_c_row + tl.arange(0, BLOCK_C), tl.sum(d_c, 0))
 
 
 @torch.library.custom_op("lrlora_triton::sinc_weight", mutates_args=())
@@ -291,7 +302,8 @@ def sinc_gradients(
     if m.numel() == 0:
         return d_a, d_b, d_c
     tile = tile_for("sinc_gradients", width, m.dtype)
-    row_tiles, spans = triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_cols, tile.block_n * _SPAN)
+    span = triton.cdiv(_SPAN, tile.block_n)  # in tiles
+    row_tiles, spans = triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_cols, tile.block_n * span)
     rank_tiles, block_c = triton.cdiv(width, tile.block_r), max(16, triton.next_power_of_2(len(c)))
     d_a_partial = d_a.new_empty(row_tiles, width, num_cols)
     d_b_partial = d_b.new_empty(spans, width, num_rows)
@@ -316,8 +328,9 @@ def sinc_gradients(
         scaling,
         WIDTH=width,
         HAS_WEIGHT=in_place is not None,
+        ONE_RANK_TILE=rank_tiles == 1,
         PRECISION=dot_precision(m.dtype),
-        SPAN=_SPAN,
+        SPAN=span,
         BLOCK_C=block_c,
         BLOCK_N=tile.block_m,
         BLOCK_K=tile.block_n,

@@ -44,15 +44,16 @@ class _Basis:
         return values.view(-1).split(self.size)
 
     def _locate(self, z: Tensor) -> None:
-        """w, m, f, and ``(-1)^m`` as sign, of the elements of a tile; w is off the integers by an ulp at least."""
+        """w, m, f, and ``(-1)^m`` as sign, of the elements of a tile; w is an ulp at least away from every k."""
         self.w, self.m, self.f, self.sign, self.sine, self.p, self.t, self.r, self.s, self.one = (
             buffer[: z.numel()] for buffer in self.buffers
         )
         torch.mul(z, 1 / self.grid, out=self.w)
         torch.round(self.w, out=self.m)
         torch.sub(self.w, self.m, out=self.f)
-        if torch.abs(self.f, out=self.s).amin() < _LEAST:
-            ulps = torch.abs(self.m, out=self.s).mul_(2 * torch.finfo(z.dtype).eps).add_(_LEAST)
+        if z.numel() and torch.abs(self.f, out=self.s).amin() < _LEAST:
+            centres = torch.abs(self.m, out=self.s).clamp_(max=self.reach)
+            ulps = centres.mul_(2 * torch.finfo(z.dtype).eps).add_(_LEAST)
             torch.sub(self.w.add_(torch.copysign(ulps, self.f)), self.m, out=self.f)
         torch.mul(self.m, 0.5, out=self.sign).frac_().abs_().mul_(-4).add_(1)
         self.p.zero_()

@@ -137,15 +137,8 @@ class Adapters:
                 totals = [total + new for total, new in zip(totals, (rank, rank * width, held), strict=True)]
                 sizes = (experts, pool.in_features, pool.out_features)
                 ranks = (f"{shown:.1f}" if shown.is_floating_point() else rank, module.max_rank)
-                lines.append(
-                    columns.format(
-                        f"{name}.{projection}" if projection else name,
-                        *sizes,
-                        *ranks,
-                        f"{rank * width:,}",
-                        f"{held:,.1f}",
-                    )
-                )
+                full_name = f"{name}.{projection}" if projection else name
+                lines.append(columns.format(full_name, *sizes, *ranks, f"{rank * width:,}", f"{held:,.1f}"))
         components, parameters, held = totals
         lines.append(
             columns.format(f"total of {len(lines) - 1}", "", "", "", components, "", f"{parameters:,}", f"{held:,.1f}")

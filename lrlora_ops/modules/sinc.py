@@ -98,8 +98,8 @@ class SincLoRALinear(LinearAdapter):
         if self.base_layer is not None:
             raise ValueError(
                 f"the layer is a {type(layer).__name__} that is no plain nn.Linear (quantised, hooked, or with a "
-                "forward of its own), and the learned function needs its weight; load the layer unquantised, or adapt it by "
-                "another method, FixedRank say"
+                "forward of its own), and the learned function needs its weight; load the layer unquantised, or "
+                "adapt it by another method, FixedRank say"
             )
 
     def _add_adapter(
