@@ -163,8 +163,7 @@ def sinc_weight_kernel(
 
 @triton.jit
 def sinc_gradients_kernel(
-    m_ptr,  # [N, K], output if HAS_WEIGHT
-    weight_ptr,  # [N, K], unused unless HAS_WEIGHT
+    m_ptr,  # [N, K]
     a_ptr,  # [R, K]
     b_ptr,  # [R, N]
     c_ptr,  # [2 reach + 1] fp32
@@ -174,13 +173,9 @@ def sinc_gradients_kernel(
     rank,
     num_rows,
     num_cols,
-    stride_wn,
     reach,
     inverse_grid,
-    scaling,
     WIDTH: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    ONE_RANK_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -205,14 +200,10 @@ def sinc_gradients_kernel(
         mask_k = offs_k < num_cols
         mask = mask_n[:, None] & mask_k[None, :]
         d = tl.load(m_ptr + rows * num_cols + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-        a, b = load_factors(a_ptr, b_ptr, rank, offs_r, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype)
-        if ONE_RANK_TILE:
-            z = tl.dot(tl.trans(b), a, input_precision=PRECISION)
-        else:
-            z = low_rank_tile(
-                a_ptr, b_ptr, rank, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype, PRECISION,
-                BLOCK_N, BLOCK_K, BLOCK_R,
-            )  # fmt: skip
+        z = low_rank_tile(
+            a_ptr, b_ptr, rank, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype, PRECISION,
+            BLOCK_N, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
         m, f, sign = locate(z, inverse_grid)
         below_one = sinc_below_one(f)
         sinc = sign * (1.0 + below_one)
@@ -231,15 +222,11 @@ def sinc_gradients_kernel(
         slope = 1.0 + inverse_grid * (sinc * t + parity(m) * cosine_below_sinc(f) * p)
 
         d_z = (d * slope).to(dtype)
+        a, b = load_factors(a_ptr, b_ptr, rank, offs_r, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype)
         d_b = tl.dot(d_z, tl.trans(a), d_b, input_precision=PRECISION)
         d_a = tl.dot(tl.trans(d_z), tl.trans(b), input_precision=PRECISION)
         d_a_rows = (pid_n * WIDTH + offs_r)[None, :] * num_cols
         tl.store(d_a_ptr + d_a_rows + offs_k[:, None], d_a, mask=(offs_r < rank)[None, :] & mask_k[:, None])
-        if HAS_WEIGHT:
-            # Not before the products, whose operands in shared memory tell that every thread has read its part of m.
-            weight = tl.load(weight_ptr + rows * stride_wn + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-            out = weight + scaling * (z - tl.load(c_ptr + reach) + f * sinc * p)
-            tl.store(m_ptr + rows * num_cols + offs_k[None, :], out.to(dtype), mask=mask)
 
     d_b_rows = (span * WIDTH + offs_r)[None, :] * num_rows
     tl.store(d_b_ptr + d_b_rows + offs_n[:, None], d_b, mask=(offs_r < rank)[None, :] & mask_n[:, None])
@@ -308,11 +295,8 @@ def sinc_gradients(
     d_a_partial = d_a.new_empty(row_tiles, width, num_cols)
     d_b_partial = d_b.new_empty(spans, width, num_rows)
     d_c_partial = d_c.new_empty(row_tiles * spans, block_c, 1)
-    # A tile of m has one reader then, which may write its place.
-    in_place = None if weight is None or rank_tiles > 1 else row_major(weight)
     sinc_gradients_kernel[row_tiles, spans, rank_tiles](
         m,
-        in_place,
         a.contiguous(),
         b.contiguous(),
         c.contiguous(),
@@ -322,13 +306,9 @@ def sinc_gradients(
         rank,
         num_rows,
         num_cols,
-        0 if in_place is None else in_place.stride(0),
         len(c) // 2,
         1 / grid,
-        scaling,
         WIDTH=width,
-        HAS_WEIGHT=in_place is not None,
-        ONE_RANK_TILE=rank_tiles == 1,
         PRECISION=dot_precision(m.dtype),
         SPAN=span,
         BLOCK_C=block_c,
@@ -340,7 +320,7 @@ def sinc_gradients(
     for partial, d in ((d_a_partial, d_a), (d_b_partial, d_b), (d_c_partial, d_c[:, None])):
         live = torch.full((1,), d.shape[0], dtype=torch.int32, device=m.device)
         reduce_slabs(partial, d, live, scaling, None, None, None)
-    if weight is not None and in_place is None:
+    if weight is not None:  # a launch of its own: within the kernel it would take the registers that there are
         _write_weight(m, weight, a, b, c, grid, scaling)
     return d_a, d_b, d_c
 

@@ -150,8 +150,7 @@ def test_parity_of_several_blocks(out_features, monkeypatch):
 
 @pytest.mark.parametrize(("rank", "span"), [(2, 512), (20, 16)], ids=["one span", "spans of one tile, two rank tiles"])
 def test_parity_of_several_tiles(rank, span, monkeypatch):
-    """Of the kernels, along each side. With more components than a program of the gradients holds, the weight that dx
-    needs is made by a launch of its own."""
+    """Of the kernels, along each side."""
     module = importlib.import_module("lrlora_ops.kernels.sinc")
     tile = importlib.import_module("lrlora_ops.kernels._configs").Tile(16, 16, 16, 4, 1)
     monkeypatch.setattr(module, "tile_for", lambda *_: tile)
