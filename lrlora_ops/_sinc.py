@@ -112,7 +112,9 @@ def sinc_weight(
 
 
 @sinc_weight.register_fake
-def _(weight, a, b, c, grid, scaling, dtype):
+def _fake_weight(
+    weight: Tensor, a: Tensor, b: Tensor, c: Tensor, grid: float, scaling: float, dtype: torch.dtype
+) -> Tensor:
     return weight.new_empty(weight.shape, dtype=dtype)
 
 
@@ -135,6 +137,8 @@ def sinc_gradients(
 
 
 @sinc_gradients.register_fake
-def _(m, weight, a, b, c, grid, scaling):
+def _fake_gradients(
+    m: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, c: Tensor, grid: float, scaling: float
+) -> tuple[Tensor, ...]:
     sums = torch.promote_types(m.dtype, torch.float32)
     return tuple(t.new_empty(t.shape, dtype=sums) for t in (a, b, c))

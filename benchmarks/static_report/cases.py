@@ -16,8 +16,8 @@ CAPACITIES = (16, 32, 64, 128)
 # tf32 is fp32 after torch.set_float32_matmul_precision("high").
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 # One expert, all of it in order, onto whose output the base product is added; experts with a component table, gates,
-# biases and gathered rows; experts so many that a tile must suit few rows each.
-LAYOUTS = {"dense": 1, "grouped": 8, "few rows": 256}
+# biases and gathered rows; experts so many that a tile must suit few rows each; no rows, but a weight.
+LAYOUTS = {"dense": 1, "grouped": 8, "few rows": 256, "weight": 1}
 # (dtype of everything but the adapter, of the adapter, layout): each table of tiles with every flag of the kernels off
 # or on, not every combination. fp16 is compiled as bf16 is.
 VARIANTS = (
@@ -32,7 +32,7 @@ _OF_EXPERTS = ("grouped_gemm", "gated_shrink", "gated_shrink_backward", "adapter
 PRIMITIVES |= {name: (("bf16", "bf16", "few rows"), *VARIANTS[1:]) for name in _OF_EXPERTS}
 # These know no experts: a weight, moved, and the gradients of what moves it.
 _OF_WEIGHTS = ("sinc_weight", "sinc_gradients")
-PRIMITIVES |= {name: tuple((dtype, adapter, "dense") for dtype, adapter, _ in VARIANTS) for name in _OF_WEIGHTS}
+PRIMITIVES |= {name: tuple((dtype, adapter, "weight") for dtype, adapter, _ in VARIANTS) for name in _OF_WEIGHTS}
 NUM_COEFFICIENTS = 9
 # Those that know no rank, with the variants in which their code differs.
 RANKLESS = {
@@ -73,8 +73,7 @@ def cases(targets: list[str], quick: bool = False) -> list[Case]:
 
 
 def _is_quick(case: Case) -> bool:
-    every_flag = case.layout == "grouped" or case.primitive in _OF_WEIGHTS
-    widest = case.capacity in (0, CAPACITIES[-1]) and every_flag and case.dtype != "tf32"
+    widest = case.capacity in (0, CAPACITIES[-1]) and case.layout in ("grouped", "weight") and case.dtype != "tf32"
     return widest or (case.target == "sm_90" and case.dtype == "bf16")
 
 

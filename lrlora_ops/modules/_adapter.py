@@ -94,7 +94,7 @@ class RankAdapter(nn.Module):
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What the optimizer trains, by its name within the adapter."""
-        trained = {}
+        trained: dict[str, nn.Parameter] = {}
         for projection, pool in self.pools().items():
             prefix = f"{projection}." if projection else ""
             trained |= {f"{prefix}lora_A": pool.lora_A, f"{prefix}lora_B": pool.lora_B}

@@ -67,15 +67,10 @@ class SincLoRALinearFunction(torch.autograd.Function):
             if needs_x:
                 d_x = dy_rows @ moved if d_x is None else d_x.addmm_(dy_rows, moved)
         d_a, d_c = (sum(parts) for parts in zip(*sums, strict=True)) if sums else (None, None)
-        grads = (d_x, d_a, _joined(d_b, 1) if d_b else None, d_c)
-        leaves = (x, lora_A, lora_B, coefficients)
-        return (
-            *(
-                g.to(leaf.dtype) if need else None
-                for g, leaf, need in zip(grads, leaves, ctx.needs_input_grad[:4], strict=True)
-            ),
-            *[None] * 5,
-        )
+        grads: list[Any] = [d_x, d_a, _joined(d_b, 1) if d_b else None, d_c]
+        for index, leaf in enumerate((x, lora_A, lora_B, coefficients)):
+            grads[index] = grads[index].to(leaf.dtype) if ctx.needs_input_grad[index] else None
+        return *grads, *[None] * 5
 
 
 def sinc_lora_linear(
