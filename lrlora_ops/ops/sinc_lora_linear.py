@@ -53,20 +53,19 @@ class SincLoRALinearFunction(torch.autograd.Function):
         needs_x, *needs = ctx.needs_input_grad[:4]
         ops, dtype = primitives(ctx.backend, x), _product_dtype(ctx.backend, x)
         dy, x_wide = dy.to(dtype), x.to(dtype)
-        d_x, sums, d_b = None, [], []
+        d_x, d_a, d_b, d_c = None, None, [], None
         for rows in _blocks(ctx.backend, weight):
             dy_rows, frozen = dy[:, rows], weight[rows]
             low_rank = (lora_A, lora_B[:, rows], coefficients, ctx.grid, ctx.scaling)
             if any(needs):
                 moved = dy_rows.t() @ x_wide  # and then the weight, in the same memory
-                d_a, d_b_rows, d_c = ops.sinc_gradients(moved, frozen if needs_x else None, *low_rank)
-                sums.append((d_a, d_c))
-                d_b.append(d_b_rows)
+                a_part, b_part, c_part = ops.sinc_gradients(moved, frozen if needs_x else None, *low_rank)
+                d_a, d_c = _plus(d_a, a_part), _plus(d_c, c_part)
+                d_b.append(b_part)
             elif needs_x:
                 moved = ops.sinc_weight(frozen, *low_rank, dtype)
             if needs_x:
                 d_x = dy_rows @ moved if d_x is None else d_x.addmm_(dy_rows, moved)
-        d_a, d_c = (sum(parts) for parts in zip(*sums, strict=True)) if sums else (None, None)
         grads: list[Any] = [d_x, d_a, _joined(d_b, 1) if d_b else None, d_c]
         for index, leaf in enumerate((x, lora_A, lora_B, coefficients)):
             grads[index] = grads[index].to(leaf.dtype) if ctx.needs_input_grad[index] else None
@@ -143,6 +142,10 @@ def _blocks(backend: str, weight: Tensor) -> Iterator[slice]:
     if backend == "eager" and not torch.compiler.is_compiling():
         size = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(num_cols, 1))
     return (slice(first, first + size) for first in range(0, max(num_rows, 1), size))
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
