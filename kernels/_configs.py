@@ -18,7 +18,7 @@ class Tile:
     """What one program works on, and how it is compiled.
 
     BLOCK_M rows, BLOCK_N columns (the step along K in shrink and gated_shrink, along N in shrink_gram) and BLOCK_R rank
-    slots (the step along the rank in expand).
+    slots (the step along the rank in expand). Of the sinc kernels the rows are the weight's, the columns its inputs.
     """
 
     block_m: int
@@ -44,6 +44,8 @@ _CUDA = {
     "gated_shrink": _tiles((64, 64, 16, 4, 4), (64, 64, 32, 4, 4), (64, 64, 64, 4, 3), (64, 64, 128, 8, 3)),
     "gated_shrink_backward": _tiles((64, 64, 16, 8, 3), (64, 32, 32, 8, 2), (64, 32, 64, 8, 3), (64, 16, 128, 8, 3)),
     "adapter_gradients": _tiles((64, 128, 16, 4, 4), (64, 128, 32, 8, 4), (64, 64, 64, 4, 4), (64, 64, 128, 4, 4)),
+    "sinc_weight": _tiles((64, 32, 16, 4, 2), (64, 32, 32, 4, 2), (64, 32, 64, 4, 2), (64, 32, 64, 4, 2)),
+    "sinc_gradients": _tiles((64, 16, 16, 4, 1), (64, 16, 32, 4, 1), (64, 16, 64, 4, 1), (64, 16, 64, 4, 1)),
 }
 # Without tensor cores the operands of a product sit in registers.
 _CUDA_FP32 = {
@@ -54,6 +56,8 @@ _CUDA_FP32 = {
     "gated_shrink": _tiles((64, 32, 16, 4, 3), (64, 32, 32, 4, 3), (64, 32, 64, 4, 3), (64, 32, 128, 8, 2)),
     "gated_shrink_backward": _tiles((64, 32, 16, 4, 2), (32, 32, 32, 8, 2), (32, 32, 64, 8, 2), (32, 32, 128, 8, 2)),
     "adapter_gradients": _tiles((32, 64, 16, 8, 3), (32, 64, 32, 8, 3), (16, 32, 64, 4, 3), (16, 32, 128, 4, 3)),
+    "sinc_weight": _tiles((64, 64, 16, 8, 2), (64, 64, 16, 8, 2), (64, 64, 16, 8, 2), (64, 64, 16, 8, 2)),
+    "sinc_gradients": _tiles((64, 16, 16, 8, 1), (64, 16, 32, 8, 1), (64, 16, 32, 8, 1), (64, 16, 32, 8, 1)),
 }
 # 64 KB of shared memory, and a pipeline that pays less for depth.
 _HIP = {
@@ -64,6 +68,8 @@ _HIP = {
     "gated_shrink": _tiles((64, 64, 16, 4, 2), (64, 32, 32, 4, 2), (64, 64, 64, 4, 2), (64, 32, 128, 4, 2)),
     "gated_shrink_backward": _tiles((64, 32, 16, 4, 2), (64, 32, 32, 8, 2), (64, 32, 64, 8, 2), (64, 32, 128, 8, 2)),
     "adapter_gradients": _tiles((64, 64, 16, 4, 2), (64, 64, 32, 4, 2), (64, 64, 64, 4, 2), (64, 64, 128, 4, 2)),
+    "sinc_weight": _tiles((64, 32, 16, 4, 2), (64, 32, 32, 4, 2), (64, 32, 64, 4, 2), (64, 32, 64, 4, 2)),
+    "sinc_gradients": _tiles((64, 16, 16, 4, 1), (64, 16, 32, 4, 1), (64, 16, 64, 4, 1), (64, 16, 64, 4, 1)),
 }
 _HIP_FP32 = {
     "shrink": _tiles((64, 32, 16, 4, 2), (64, 32, 32, 4, 2), (64, 32, 64, 4, 2), (64, 32, 128, 4, 2)),
@@ -73,6 +79,8 @@ _HIP_FP32 = {
     "gated_shrink": _tiles((64, 32, 16, 4, 2), (64, 32, 32, 4, 2), (64, 32, 64, 4, 2), (64, 32, 128, 4, 2)),
     "gated_shrink_backward": _tiles((64, 32, 16, 4, 2), (64, 32, 32, 4, 2), (64, 32, 64, 4, 2), (64, 32, 128, 4, 2)),
     "adapter_gradients": _tiles((32, 64, 16, 4, 2), (32, 64, 32, 4, 2), (32, 64, 64, 4, 2), (32, 64, 128, 8, 2)),
+    "sinc_weight": _tiles((64, 64, 16, 8, 2), (64, 64, 16, 8, 2), (64, 64, 16, 8, 2), (64, 64, 16, 8, 2)),
+    "sinc_gradients": _tiles((64, 16, 16, 8, 1), (64, 16, 32, 8, 1), (64, 16, 32, 8, 1), (64, 16, 32, 8, 1)),
 }
 # By family of GPUs and bytes of an element.
 CONFIGS = {("cuda", 2): _CUDA, ("cuda", 4): _CUDA_FP32, ("hip", 2): _HIP, ("hip", 4): _HIP_FP32}

@@ -10,6 +10,7 @@ from lrlora_ops.kernels.grouped_gemm import grouped_gemm
 from lrlora_ops.kernels.route import route
 from lrlora_ops.kernels.shrink import shrink
 from lrlora_ops.kernels.shrink_gram import shrink_gram
+from lrlora_ops.kernels.sinc import sinc_gradients, sinc_weight
 
 __all__ = [
     "adapter_gradients",
@@ -23,4 +24,6 @@ __all__ = [
     "route",
     "shrink",
     "shrink_gram",
+    "sinc_gradients",
+    "sinc_weight",
 ]

@@ -2,9 +2,14 @@
 
 from lrlora_ops.adapters import Adapters
 from lrlora_ops.apply import apply_lora, load_adapter
-from lrlora_ops.methods import DynamicRank, FixedRank, LearnedRank
-from lrlora_ops.modules import VariableRankLoRAExperts, VariableRankLoRAGroupedLinear, VariableRankLoRALinear
-from lrlora_ops.ops import ExpertLinear, grouped_lora_linear, lora_linear, moe_lora_mlp
+from lrlora_ops.methods import DynamicRank, FixedRank, LearnedRank, SincUpdate
+from lrlora_ops.modules import (
+    SincLoRALinear,
+    VariableRankLoRAExperts,
+    VariableRankLoRAGroupedLinear,
+    VariableRankLoRALinear,
+)
+from lrlora_ops.ops import ExpertLinear, grouped_lora_linear, lora_linear, moe_lora_mlp, sinc_lora_linear
 from lrlora_ops.rank_table import RankTable
 from lrlora_ops.routing import Routing
 
@@ -18,6 +23,8 @@ __all__ = [
     "LearnedRank",
     "RankTable",
     "Routing",
+    "SincLoRALinear",
+    "SincUpdate",
     "VariableRankLoRAExperts",
     "VariableRankLoRAGroupedLinear",
     "VariableRankLoRALinear",
@@ -26,4 +33,5 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "moe_lora_mlp",
+    "sinc_lora_linear",
 ]

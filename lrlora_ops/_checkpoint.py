@@ -76,14 +76,18 @@ def save(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
     """Write the checkpoint; see ``Adapters.save``."""
     state = state_of(adapters)
     sharded = any(is_sharded(tensor) for tensor in state["tensors"].values())
-    # Modules may share a table, but the tensors of a file share no memory.
-    tensors = {name: whole(t).to("cpu", copy=".table." in name).contiguous() for name, t in state["tensors"].items()}
+    tensors = {name: whole(t).to("cpu", copy=_is_shared(name)).contiguous() for name, t in state["tensors"].items()}
     try:
         if _is_first_process():
             _write(Path(directory), state, tensors)
     finally:
         if sharded:  # all processes are here, and may load it next
             dist.barrier()
+
+
+def _is_shared(name: str) -> bool:
+    """Whether several modules may have the tensor; those of a file share no memory."""
+    return ".table." in name or name.endswith(".coefficients")
 
 
 def load(adapters: Adapters, directory: str | os.PathLike[str]) -> None:
@@ -170,7 +174,8 @@ def _state_of_policy(index: int, state: Mapping[str, Any], tensors: Mapping[str,
 def _keys(settings: Mapping[str, Any]) -> list[str]:
     """The names of an adapter's tensors within its state dict."""
     pools = [f"{name}." if name else "" for name in settings["features"]]
-    return ["table.components", "table.ranks", *(f"{pool}lora_{side}" for pool in pools for side in "AB")]
+    own = ["coefficients"] if "num_coefficients" in settings else []
+    return ["table.components", "table.ranks", *own, *(f"{pool}lora_{side}" for pool in pools for side in "AB")]
 
 
 def _describe(adapters: Adapters) -> list[dict[str, Any]]:
@@ -225,6 +230,8 @@ def _check_tensors(name: str, settings: Mapping[str, Any], tensors: Mapping[str,
     """The tensors have the shapes, and the table the range, that the settings say."""
     experts, most, size = settings["num_experts"], settings["max_rank"], settings["pool_size"]
     shapes = {"table.components": [experts, most], "table.ranks": [experts]}
+    if "num_coefficients" in settings:
+        shapes["coefficients"] = [settings["num_coefficients"]]
     for pool, (in_features, out_features) in settings["features"].items():
         prefix = f"{pool}." if pool else ""
         shapes |= {f"{prefix}lora_A": [size, in_features], f"{prefix}lora_B": [size, out_features]}

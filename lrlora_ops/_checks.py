@@ -30,6 +30,31 @@ def check_lora_linear(
     check_devices(x, lora_A=lora_A, lora_B=lora_B, gate=gate, rank=on_device, weight=weight, bias=bias, base=base)
 
 
+def check_sinc(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    coefficients: Tensor,
+    grid: float,
+    bias: Tensor | None,
+) -> None:
+    """Raises ValueError for arguments that ``sinc_lora_linear`` cannot serve."""
+    _check_pool(x, lora_A, lora_B)
+    _check_frozen("weight", weight, (lora_B.shape[1], x.shape[-1]), x, has_base=False)
+    if bias is not None:
+        _check_frozen("bias", bias, (lora_B.shape[1],), x, has_base=False)
+    if coefficients.dim() != 1 or coefficients.shape[0] % 2 == 0:
+        raise ValueError(
+            f"coefficients has shape {tuple(coefficients.shape)}; it must be [2n + 1], one for each k from -n to n"
+        )
+    if coefficients.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"coefficients is {coefficients.dtype}; it must be torch.float32 or torch.float64")
+    if not 0 < grid < float("inf"):
+        raise ValueError(f"grid is {grid}; it must be a finite number above 0, the distance between two sinc functions")
+    check_devices(x, weight=weight, lora_A=lora_A, lora_B=lora_B, coefficients=coefficients, bias=bias)
+
+
 def check_grouped(
     x: Tensor,
     lora_A: Tensor,
@@ -110,14 +135,15 @@ def _check_one_base(weight: Tensor | None, bias: Tensor | None, base: Tensor | N
         raise ValueError("bias is given without weight; add it to base instead")
 
 
-def _check_frozen(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+def _check_frozen(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, has_base: bool = True) -> None:
     _check_shape(name, tensor, shape)
     if tensor.dtype != x.dtype:
         raise ValueError(f"{name} is {tensor.dtype} but x is {x.dtype}; cast one, or run under torch.autocast")
     if tensor.requires_grad:
+        otherwise = ", or compute the base product yourself and pass it as base" if has_base else ""
         raise ValueError(
             f"{name} requires a gradient, which this op does not compute; freeze it with "
-            f"{name}.requires_grad_(False), or compute the base product yourself and pass it as base"
+            f"{name}.requires_grad_(False){otherwise}"
         )
 
 

@@ -21,7 +21,7 @@ def metrics(adapters: Adapters) -> dict[str, float]:
     kinds: dict[str, list[int]] = {}
     for name, own in zip(adapters.tables, ranks, strict=True):
         rest = by_device[own.device]
-        kinds.setdefault(_kind(name), []).extend(rest[: len(own)])
+        kinds.setdefault(kind(name), []).extend(rest[: len(own)])
         del rest[: len(own)]
     everything = [rank for own_ranks in kinds.values() for rank in own_ranks]
     figures: dict[str, float] = {
@@ -33,11 +33,14 @@ def metrics(adapters: Adapters) -> dict[str, float]:
     budgets = [policy.budget for policy in adapters.policies]
     if None not in budgets:
         figures["lrlora/budget"] = sum(budget for budget in budgets if budget is not None)
+    stable = [rank for module in adapters.modules.values() if (rank := module.shown_rank()).is_floating_point()]
+    if stable:
+        figures["lrlora/stable_rank_mean"] = sum(float(rank) for rank in stable) / len(stable)
     if len(kinds) > 1:
         figures |= {f"lrlora/rank_mean/{kind}": sum(own) / len(own) for kind, own in kinds.items()}
     return figures
 
 
-def _kind(name: str) -> str:
+def kind(name: str) -> str:
     """What the layers of a model have in common that differ in their number: ``q_proj``, ``experts``."""
     return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)

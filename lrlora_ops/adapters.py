@@ -20,8 +20,7 @@ from lrlora_ops._metrics import metrics
 from lrlora_ops._sharding import require_whole
 from lrlora_ops._targets import unadapted_experts
 from lrlora_ops.methods import Method, Policy
-from lrlora_ops.modules import VariableRankLoRALinear
-from lrlora_ops.modules._adapter import ComponentPool, RankAdapter, replace_module, unique_tables
+from lrlora_ops.modules._adapter import RankAdapter, replace_module, unique_tables
 from lrlora_ops.modules._interface import CHILD
 from lrlora_ops.rank_table import RankTable
 
@@ -57,14 +56,12 @@ class Adapters:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of the adapters alone."""
-        for name, pool in self._named_pools():
-            yield f"{name}.lora_A", pool.lora_A
-            yield f"{name}.lora_B", pool.lora_B
-
-    def _named_pools(self) -> Iterator[tuple[str, ComponentPool]]:
+        seen: set[int] = set()  # layers may share some
         for name, module in self.modules.items():
-            for projection, pool in module.pools().items():
-                yield f"{name}.{projection}" if projection else name, pool
+            for key, parameter in module.trained().items():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{name}.{key}", parameter
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer trains. Give it no weight decay while ranks are learned."""
@@ -117,12 +114,10 @@ class Adapters:
     def ranks(self) -> dict[str, Tensor]:
         """int32 per adapter: its rank, ``[]``, or those of its experts, ``[E]``.
 
-        While ranks are learned, what rounding them now would give.
+        While ranks are learned, what rounding them now would give. Of a ``SincLoRALinear``, whose update has no rank to
+        speak of, the stable rank, fp32 ``[]``.
         """
-        return {
-            name: (module.rank if isinstance(module, VariableRankLoRALinear) else module.table.ranks).detach().clone()
-            for name, module in self.modules.items()
-        }
+        return {name: module.shown_rank().detach().clone() for name, module in self.modules.items()}
 
     def metrics(self) -> dict[str, float]:
         """What to log: mean, min, max and sum of the ranks, the budget if there is one, the mean of each kind of layer.
@@ -131,30 +126,31 @@ class Adapters:
 
         Returns:
             ``lrlora/rank_mean``, ``rank_min``, ``rank_max`` and ``rank_sum`` over layers and experts,
-            ``lrlora/budget``, and ``lrlora/rank_mean/q_proj`` and so on if there are several kinds.
+            ``lrlora/budget``, ``lrlora/stable_rank_mean`` of what a ``SincUpdate`` learned, and
+            ``lrlora/rank_mean/q_proj`` and so on if there are several kinds.
         """
         return metrics(self)
 
     def summary(self) -> str:
         """Print, and return, a line per projection and the totals: ranks, live parameters, memory held.
 
-        The rank of experts is the sum of their ranks.
+        The rank of experts is the sum of their ranks. Of a ``SincLoRALinear`` it is the stable rank, beside the rows of
+        A and B as "max", and its coefficients are no rank's parameters: they are left out.
         """
         columns = "{:<48} {:>7} {:>7} {:>7} {:>5} {:>4} {:>12} {:>9}"
         lines = [columns.format("adapter", "experts", "in", "out", "rank", "max", "parameters", "KiB held")]
         totals: list[float] = [0, 0, 0.0]
         for name, module in self.modules.items():
             rank, experts = int(module.table.ranks.sum()), module.table.num_experts
+            shown = module.shown_rank()
             for projection, pool in module.pools().items():
                 width = pool.in_features + pool.out_features
                 held = module.table.pool_size * width * pool.lora_A.element_size() / 1024
                 totals = [total + new for total, new in zip(totals, (rank, rank * width, held), strict=True)]
-                sizes = (experts, pool.in_features, pool.out_features, rank, module.max_rank)
-                lines.append(
-                    columns.format(
-                        f"{name}.{projection}" if projection else name, *sizes, f"{rank * width:,}", f"{held:,.1f}"
-                    )
-                )
+                sizes = (experts, pool.in_features, pool.out_features)
+                ranks = (f"{shown:.1f}" if shown.is_floating_point() else rank, module.max_rank)
+                full_name = f"{name}.{projection}" if projection else name
+                lines.append(columns.format(full_name, *sizes, *ranks, f"{rank * width:,}", f"{held:,.1f}"))
         components, parameters, held = totals
         lines.append(
             columns.format(f"total of {len(lines) - 1}", "", "", "", components, "", f"{parameters:,}", f"{held:,.1f}")

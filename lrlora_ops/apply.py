@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from lrlora_ops import _checkpoint
+from lrlora_ops._metrics import kind
 from lrlora_ops._sharding import is_sharded
 from lrlora_ops._targets import call_every_layer, choose_methods, find_adapters, find_targets
 from lrlora_ops.adapters import Adapters
-from lrlora_ops.methods import Method
-from lrlora_ops.modules import VariableRankLoRAExperts, VariableRankLoRALinear
+from lrlora_ops.methods import Method, SincUpdate
+from lrlora_ops.modules import SincLoRALinear, VariableRankLoRAExperts, VariableRankLoRALinear
 from lrlora_ops.modules._adapter import RankAdapter, replace_module, set_ranks, silence_dead, unique_tables
 from lrlora_ops.modules._interface import is_experts
 
@@ -90,6 +91,7 @@ def apply_methods(
         }
         for chosen, names in served:  # on copies: it may raise, and it may set ranks
             chosen.policy(copy.deepcopy(unique_tables({name: modules[name] for name in names})))
+            _check_shared(chosen, {name: modules[name] for name in names})
     except Exception:
         for parameter in trainable:
             parameter.requires_grad_()
@@ -103,6 +105,7 @@ def apply_methods(
         for table in unique_tables(dict(zip(names, own, strict=True))).values():
             set_ranks(own, table, [chosen.initial_rank] * table.num_experts)
         silence_dead(own)
+        _share_coefficients(chosen, {name: modules[name] for name in names})
     call_every_layer(model)
     return Adapters(model, modules, served)
 
@@ -177,14 +180,12 @@ def _restore(model: nn.Module, path: Path) -> Adapters:
 def _adapter(name: str, layer: nn.Module, method: Method, **options: Any) -> RankAdapter:
     """The layer itself if it is an adapter, or a new one for it."""
     if isinstance(layer, RankAdapter):
-        if layer.max_rank < method.initial_rank:
-            raise ValueError(
-                f"{name} has max_rank {layer.max_rank}, but the method needs {method.initial_rank}; make the layer "
-                "larger with resize, or lower the method's rank"
-            )
+        _check_adopted(name, layer, method)
         return layer
-    options |= {"max_rank": method.max_rank, "rank": method.initial_rank}
     try:
+        if isinstance(method, SincUpdate):
+            return _sinc_adapter(layer, method, **options)
+        options |= {"max_rank": method.max_rank, "rank": method.initial_rank}
         if not is_experts(layer):
             return VariableRankLoRALinear.from_linear(layer, **options)
         if options.pop("dropout"):
@@ -192,3 +193,58 @@ def _adapter(name: str, layer: nn.Module, method: Method, **options: Any) -> Ran
         return VariableRankLoRAExperts.for_experts(layer, pool_rank=getattr(method, "pool_rank", None), **options)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _check_adopted(name: str, layer: RankAdapter, method: Method) -> None:
+    if isinstance(layer, SincLoRALinear) != isinstance(method, SincUpdate):
+        raise ValueError(
+            f"{name} is a {type(layer).__name__}, which {type(method).__name__} cannot rule: SincUpdate is for "
+            "SincLoRALinear, and every other method for the others"
+        )
+    if isinstance(method, SincUpdate):
+        has, wanted = (layer.max_rank, len(layer.coefficients)), (method.rank, method.num_coefficients)  # type: ignore
+        if has != wanted:
+            raise ValueError(f"{name} has (rank, num_coefficients) {has}, but the method {wanted}; make them equal")
+    elif layer.max_rank < method.initial_rank:
+        raise ValueError(
+            f"{name} has max_rank {layer.max_rank}, but the method needs {method.initial_rank}; make the layer "
+            "larger with resize, or lower the method's rank"
+        )
+
+
+def _sinc_adapter(layer: nn.Module, method: SincUpdate, *, dropout: float, **options: Any) -> SincLoRALinear:
+    if is_experts(layer):
+        raise ValueError(
+            "SincUpdate does not adapt experts yet; name linear layers, and give the experts another method: "
+            "{'experts': DynamicRank(), 'all-linear': SincUpdate()}"
+        )
+    if dropout:
+        raise ValueError("SincUpdate has no dropout, for the layer and its update are one product; leave it 0")
+    settings = {"rank": method.rank, "num_coefficients": method.num_coefficients, "grid": method.grid}
+    return SincLoRALinear.from_linear(layer, **settings, **options)  # type: ignore[arg-type]
+
+
+def _sharing(method: Method, modules: Mapping[str, RankAdapter]) -> list[dict[str, SincLoRALinear]]:
+    """The layers that shall share their coefficients, group by group."""
+    groups: dict[str, dict[str, SincLoRALinear]] = {}
+    for name, module in modules.items():
+        if isinstance(method, SincUpdate) and isinstance(module, SincLoRALinear) and method.share != "layer":
+            groups.setdefault(kind(name) if method.share == "type" else "", {})[name] = module
+    return list(groups.values())
+
+
+def _check_shared(method: Method, modules: Mapping[str, RankAdapter]) -> None:
+    for group in _sharing(method, modules):
+        devices = {module.coefficients.device for module in group.values()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"layers on several devices, {sorted(map(str, devices))}, cannot share coefficients: "
+                f"{', '.join(list(group)[:3])}, ...; use SincUpdate(share='layer')"
+            )
+
+
+def _share_coefficients(method: Method, modules: Mapping[str, RankAdapter]) -> None:
+    for group in _sharing(method, modules):
+        first = next(iter(group.values()))
+        for module in group.values():
+            module.coefficients = first.coefficients

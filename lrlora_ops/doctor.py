@@ -188,7 +188,7 @@ def _idle(name: str, module: RankAdapter, seen: Probe) -> Trouble | None:
 def _moves(ranked: Mapping[str, RankAdapter], seen: Probe) -> Finding:
     """By the gradients of the gates, which are what an update does to the output, to first order."""
     check = "every adapter moves the output"
-    still = [name for name, module in ranked.items() if not module.sensitivity.any()]
+    still = [name for name, module in ranked.items() if module.reports_sensitivity and not module.sensitivity.any()]
     if seen.moved and not still:
         return Finding(check, True, f"{len(ranked)} adapters")
     detail = f"{_names(still)} do not" if still else "the updates of all of them leave it bit for bit as it was"
@@ -198,10 +198,7 @@ def _moves(ranked: Mapping[str, RankAdapter], seen: Probe) -> Finding:
 def _not_finite(adapters: Adapters) -> dict[str, Trouble]:
     """Parameters with a NaN or an infinity; those of an adapter go by the adapter's name."""
     owners = {
-        id(parameter): name
-        for name, module in adapters.modules.items()
-        for pool in module.pools().values()
-        for parameter in (pool.lora_A, pool.lora_B)
+        id(parameter): name for name, module in adapters.modules.items() for parameter in module.trained().values()
     }
     return {
         owners.get(id(parameter), name): (
@@ -252,7 +249,7 @@ def _is_quantised(module: RankAdapter) -> bool:
 
 
 def _without_rank(adapters: Adapters) -> Iterator[str]:
-    idle = [name for name, rank in adapters.ranks().items() if not rank.any()]
+    idle = [name for name, module in adapters.modules.items() if not module.table.ranks.any()]
     if idle:
         yield f"rank 0 now: {_names(idle)}"
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrlora_ops._live import Expert, Work, find_work
+from lrlora_ops._sinc import sinc_gradients, sinc_weight  # noqa: F401
 
 # A block takes 2 MB in fp32, about a core's share of the caches, and has rows enough for BLAS to be quick.
 _BLOCK_ELEMENTS, _BLOCK_ROWS = 2**19, 128

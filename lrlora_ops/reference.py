@@ -106,3 +106,23 @@ def moe_lora_mlp_reference(
                 total = total + weight * down(activation(up(token[None], expert)), expert)[0]
         out.append(total)
     return torch.stack(out) if out else torch.zeros_like(x)
+
+
+def sinc_lora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    coefficients: Tensor,
+    *,
+    grid: float,
+    scaling: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``y = x (W + scaling * phi(B^T A))^T + bias`` in fp64, shapes as for ``sinc_lora_linear``."""
+    z = torch.einsum("rn,rk->nk", lora_B.double(), lora_A.double())
+    phi, reach = z, coefficients.shape[0] // 2
+    for k, c in zip(range(-reach, reach + 1), coefficients.double(), strict=True):
+        phi = phi + c * (torch.sinc(z / grid - k) - float(k == 0))
+    y = torch.einsum("...k,nk->...n", x.double(), weight.double() + scaling * phi)
+    return y if bias is None else y + bias.double()

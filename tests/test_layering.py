@@ -32,6 +32,7 @@ PARTS = {
     "_trace": "plan",
     "apply": "adapters",
     "_live": "eager",
+    "_sinc": "eager",
 }  # modules that are one unit with another
 # Adapters.callback() and the like, and what only tensors on a GPU need, inside a function.
 UPWARD_ON_USE = {("adapters", "integrations"), ("routing", "ops")}

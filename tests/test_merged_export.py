@@ -17,7 +17,7 @@ pytest.importorskip("accelerate")
 
 from safetensors.torch import load_file, save_file
 
-from lrlora_ops import FixedRank, apply_lora
+from lrlora_ops import FixedRank, SincUpdate, apply_lora
 from lrlora_ops.integrations import merged_export
 from tests._moe import MODELS, adapted, ids, output, tiny
 
@@ -54,6 +54,20 @@ def test_from_pretrained_gives_the_logits(name, tmp_path, capsys):
     assert set(again.state_dict()) == set(plain.state_dict())
     assert (logits(again) - expected).norm() <= 1e-4 * expected.norm()
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_learned_functions_of_elements(tmp_path):
+    plain = tiny("mixtral")
+    model = copy.deepcopy(plain)
+    adapters = apply_lora(model, SincUpdate(2, num_coefficients=3, share="global"), "all-linear")
+    for parameter in adapters.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    expected, before = logits(model), state(model)
+    assert not torch.allclose(logits(plain), expected, rtol=0.01)
+    assert adapters.export(tmp_path / "merged", format="merged") < 1e-4
+    assert_unchanged(model, before)
+    again = type(plain).from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert (logits(again) - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_in_bf16(tmp_path):
@@ -113,7 +127,7 @@ def test_what_cannot_be_written(tmp_path):
 PEAK = """
 import re, sys, threading, time
 import torch, transformers
-from lrlora_ops import FixedRank, apply_lora
+from lrlora_ops import FixedRank, SincUpdate, apply_lora
 
 highest = 0.0
 

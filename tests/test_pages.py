@@ -89,10 +89,11 @@ def updates_are_seen(scope: Scope) -> None:
 GIVEN: dict[str, Callable[[], Scope]] = {
     "README": readme,
     "methods": methods,
+    "sinc": methods,
     "command": lambda: {"adapters": trained("llama"), "tokens": ids()},
     "training": training,
 }
-FRAGMENTS = {"README", "methods"}
+FRAGMENTS = {"README", "methods", "sinc"}
 RUN_BY_COMMANDS = {"distributed", "extending"}
 # What shall hold after each block of a page.
 HOLDS: dict[str, Callable[[Scope], None]] = {

@@ -42,7 +42,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     args.methods = args.methods or [arm for arm in ARMS if serves(arm, args.case)]
     for arm in args.methods:
         if not serves(arm, args.case):
-            parser.error(f"--methods: {arm} divides a layer among its experts; use --case moe, or leave it out")
+            reason = "divides a layer among its experts; use --case moe"
+            if arm == "sinc":
+                reason = "chooses no ranks; use --case dense-equal or dense-elementwise"
+            parser.error(f"--methods: {arm} {reason}, or leave it out")
     if args.steps < 50:
         parser.error(f"--steps is {args.steps}; it must be at least 50, to have a freeze with steps before and after")
     try:
@@ -56,7 +59,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def print_row(result: Result, seconds: float) -> None:
     """One line of the table; ``freeze`` is the jump of the loss when the ranks became integers."""
     jump = f"{result.freeze_jump():.2f}" if result.method == "learned" else "-"
-    ranks = " ".join(f"{rank}({true})" for rank, true in zip(result.ranks, result.planted, strict=True))
+    ranks = " ".join(f"{rank:.3g}({true})" for rank, true in zip(result.ranks, result.planted, strict=True))
     print(
         f"{result.seed:4}  {result.method:17}{result.loss:8.4f}{result.spearman:10.3f}{jump:>8}{seconds:9.1f}  {ranks}",
         flush=True,

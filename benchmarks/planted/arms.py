@@ -7,7 +7,7 @@ from functools import partial
 
 from benchmarks.planted.cases import Case
 from benchmarks.planted.networks import MAX_RANK
-from lrlora_ops import Adapters, DynamicRank, FixedRank, LearnedRank, apply_lora
+from lrlora_ops import Adapters, DynamicRank, FixedRank, LearnedRank, SincUpdate, apply_lora
 
 
 def uniform(case: Case, steps: int) -> Adapters:
@@ -43,15 +43,24 @@ def dynamic(case: Case, steps: int, score: str) -> Adapters:
     return apply_lora(case.student, method)
 
 
+def sinc(case: Case, steps: int) -> Adapters:
+    """The budget spread evenly, and one learned function of each element for all layers."""
+    return apply_lora(case.student, SincUpdate(round(case.budget / case.groups), share="global"), list(case.planted))
+
+
 ARMS: dict[str, Callable[[Case, int], Adapters]] = {
     "uniform": uniform,
     "dynamic-paper": partial(dynamic, score="paper"),
     "dynamic-saliency": partial(dynamic, score="saliency"),
     "learned": learned,
     "oracle": oracle,
+    "sinc": sinc,
 }
 
 
 def serves(arm: str, case_name: str) -> bool:
-    """Whether an arm is for this case: a layer that is not divided among experts gives DynamicRank no choice."""
+    """Whether an arm is for this case: a layer that is not divided among experts gives DynamicRank no choice, and
+    SincUpdate, which chooses no rank, is for updates of one rank each."""
+    if arm == "sinc":
+        return case_name in ("dense-equal", "dense-elementwise")
     return not arm.startswith("dynamic") or case_name.startswith("moe")

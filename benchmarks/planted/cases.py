@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,12 @@ def low_rank(rank: int) -> Tensor:
     return torch.randn(FEATURES, rank) @ torch.randn(rank, FEATURES)
 
 
+def elementwise(rank: int) -> Tensor:
+    """A sine of each element of such a product: of full rank."""
+    product = low_rank(rank)
+    return torch.sin(1.5 * product / product.std())
+
+
 def power_law(exponent: float) -> Tensor:
     """Random singular vectors, and ``i^-exponent`` as the i-th singular value."""
     left, right = (torch.linalg.qr(torch.randn(FEATURES, FEATURES)).Q for _ in range(2))
@@ -78,6 +85,12 @@ def dense_power_law(
     return Case(student, teacher, _truncate(chosen, torch.ones(len(exponents)), budget), DENSE_ROWS)
 
 
+def dense_elementwise(seed: int, ranks: Sequence[int] = (4,) * 12) -> Case:
+    """The same network with updates of full rank, that a function of each element makes of products of these ranks."""
+    student, teacher, planted = _dense(seed, ranks, elementwise)
+    return Case(student, teacher, planted, DENSE_ROWS)
+
+
 def moe(seed: int, ranks: Sequence[int] = (0, 1, 2, 4, 8, 16) * 2 + (1, 2, 4, 8)) -> Case:
     """Two layers of experts; in each, updates of these ranks in random order, so that load says nothing about them."""
     student, teacher, planted = _moe(seed, ranks, low_rank)
@@ -95,6 +108,8 @@ def moe_power_law(
 
 CASES: dict[str, Callable[[int], Case]] = {
     "dense": dense,
+    "dense-equal": partial(dense, ranks=(4,) * 12),
+    "dense-elementwise": dense_elementwise,
     "dense-powerlaw": dense_power_law,
     "moe": moe,
     "moe-powerlaw": moe_power_law,

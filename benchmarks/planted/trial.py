@@ -19,7 +19,10 @@ TEST_BATCHES = 16  # of a training batch's size
 
 @dataclass(frozen=True)
 class Result:
-    """One arm: the final test loss, the ranks in the order of the groups, and the training losses."""
+    """One arm: the final test loss, the ranks in the order of the groups, and the training losses.
+
+    The ranks of ``sinc`` are stable ranks.
+    """
 
     case: str
     seed: int
@@ -27,7 +30,7 @@ class Result:
     loss: float
     spearman: float
     budget: int
-    ranks: list[int]
+    ranks: list[float]
     planted: list[int]
     history: list[float]
 
@@ -79,10 +82,10 @@ def error(model: nn.Module, teacher: nn.Module, batch: tuple[Tensor, ...]) -> Te
     return nn.functional.mse_loss(model(*batch), wanted)
 
 
-def spearman(a: Sequence[int], b: Sequence[int]) -> float:
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Rank correlation with average ranks for ties; 0 if one of the two is constant."""
 
-    def average_ranks(values: Sequence[int]) -> Tensor:
+    def average_ranks(values: Sequence[float]) -> Tensor:
         v = torch.tensor(values, dtype=torch.float64)
         return (v[:, None] > v).double().sum(1) + (v[:, None] == v).double().sum(1) / 2
 

@@ -34,8 +34,9 @@ def all_factors(adapters: Adapters, library: str) -> dict[str, Factors]:
 def _factors(name: str, module: RankAdapter, library: str) -> Factors:
     if not isinstance(module, VariableRankLoRALinear | VariableRankLoRAExperts):
         raise ValueError(
-            f"{name}, a {type(module).__name__}, has no counterpart in {library}, which knows linear layers and the "
-            "experts of transformers; save it with Adapters.save, or merge it"
+            f"{name}, a {type(module).__name__}, has no counterpart in {library}, which knows low-rank updates of "
+            "linear layers and of the experts of transformers; save it with Adapters.save, or merge it: export "
+            "format='merged'"
         )
     rows = [module.table.rows_of(expert) for expert in range(module.table.num_experts)]
     rank = max(len(own) for own in rows)

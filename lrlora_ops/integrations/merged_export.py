@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lrlora_ops._checkpoint import write_tensors
 from lrlora_ops.adapters import Adapters
-from lrlora_ops.modules import VariableRankLoRALinear
 from lrlora_ops.modules._adapter import RankAdapter
+from lrlora_ops.modules._linear import LinearAdapter
 from lrlora_ops.modules._merge import check_merge, check_merged_experts
 
 
@@ -61,14 +61,14 @@ def check(adapters: Adapters, directory: Path) -> float:
 
 
 def _difference(module: RankAdapter, host: Any, layer: Any) -> float:
-    if isinstance(module, VariableRankLoRALinear):
+    if isinstance(module, LinearAdapter):
         return check_merge(module, layer, module.plain_weight(), module.delta_weight(torch.float64))
     return check_merged_experts(host, layer)
 
 
 def _weights(name: str, module: RankAdapter, host: Any) -> dict[str, Tensor]:
     """The weights that an adapter updates, by projection."""
-    if isinstance(module, VariableRankLoRALinear):
+    if isinstance(module, LinearAdapter):
         try:
             return {"": module.plain_weight()}
         except ValueError as error:

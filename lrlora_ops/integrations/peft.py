@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lrlora_ops.integrations._peft_layout import expert_components, is_swapped
 from lrlora_ops.modules._interface import expert_features, expert_projections, is_experts, require_plain_experts
+from lrlora_ops.modules._linear import is_customised
 from lrlora_ops.modules.experts import run_experts
-from lrlora_ops.modules.linear import is_customised
 from lrlora_ops.ops import lora_linear
 from lrlora_ops.rank_table import RankTable
 

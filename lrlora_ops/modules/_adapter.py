@@ -80,15 +80,29 @@ class RankAdapter(nn.Module):
         table: The ``RankTable`` that rank methods drive; it travels in the state dict.
         scaling: ``lora_alpha / max_rank`` of the time when the adapter was made.
         dropout: Probability of dropping an element of the adapter's input, in training.
+        reports_sensitivity: Whether its backward yields c, which methods that change ranks need.
     """
 
     table: RankTable
     scaling: float
     dropout: float = 0.0
+    reports_sensitivity = True
 
     def pools(self) -> dict[str, ComponentPool]:
         """The projections' pools by the names under which they are submodules; "" is the adapter itself."""
         raise NotImplementedError
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer trains, by its name within the adapter."""
+        trained: dict[str, nn.Parameter] = {}
+        for projection, pool in self.pools().items():
+            prefix = f"{projection}." if projection else ""
+            trained |= {f"{prefix}lora_A": pool.lora_A, f"{prefix}lora_B": pool.lora_B}
+        return trained
+
+    def shown_rank(self) -> Tensor:
+        """What ``Adapters.ranks`` shows: int32 ``[E]``, or ``[]`` of a dense layer; fp32 for a stable rank."""
+        return self.table.ranks
 
     def _add_table(self, table: RankTable, lora_alpha: float | None) -> None:
         self.table = table

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrlora_ops._sharding import zero_rows
-from lrlora_ops.modules._adapter import ComponentPool, RankAdapter
-from lrlora_ops.modules._merge import check_merge
-from lrlora_ops.modules._quantised import ELSEWHERE, FLOATING, has_no_derivative, is_quantised, merge_quantised
+from lrlora_ops.modules._linear import LinearAdapter
+from lrlora_ops.modules._quantised import has_no_derivative, is_quantised, merge_quantised
 from lrlora_ops.ops.lora_linear import lora_linear
 from lrlora_ops.rank_table import RankTable
 
 
-class VariableRankLoRALinear(RankAdapter, ComponentPool):
+class VariableRankLoRALinear(LinearAdapter):
     """``y = x W^T + bias + scaling * sum_{j < rank} <x, a_j> b_j`` with W and bias frozen.
 
     ``lora_A`` starts uniform in ``+-1/sqrt(in_features)`` (PEFT's), ``lora_B`` at zero, so that a new adapter
@@ -46,10 +44,6 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
         ValueError: A size, the rank or the dropout is out of range.
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-    base_layer: nn.Module | None
-
     def __init__(
         self,
         in_features: int,
@@ -66,7 +60,7 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype).requires_grad_(False)
         nn.Module.__init__(self)
         self._adopt(base)
-        self._add_adapter(in_features, out_features, max_rank, rank, lora_alpha, dropout, base.weight.device, dtype)
+        self._add_adapter(in_features, out_features, base.weight.device, dtype, max_rank, rank, lora_alpha, dropout)
 
     @classmethod
     def from_linear(
@@ -98,44 +92,18 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
         Raises:
             ValueError: The layer does not say its sizes, or an argument is out of range.
         """
-        if isinstance(layer, VariableRankLoRALinear):
-            raise ValueError(
-                "the layer is a VariableRankLoRALinear already; change it with set_rank, or merge it first"
-            )
-        in_features: Any = getattr(layer, "in_features", None)
-        out_features: Any = getattr(layer, "out_features", None)
-        if in_features is None or out_features is None:
-            raise ValueError(
-                f"{type(layer).__name__} has no in_features and out_features; give it these attributes, or write "
-                "the adapter with lora_linear(x, ..., base=layer(x))"
-            )
-        weight = getattr(layer, "weight", None)
-        if dtype is None:
-            dtype = torch.float64 if isinstance(weight, Tensor) and weight.dtype == torch.float64 else torch.float32
-        device = next((p.device for p in [*layer.parameters(), *layer.buffers()]), torch.device("cpu"))
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self._adopt(layer)
-        self._add_adapter(in_features, out_features, max_rank, rank, lora_alpha, dropout, device, dtype)
-        layer.requires_grad_(False)
-        return self
-
-    def _adopt(self, layer: nn.Module) -> None:
-        plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not is_customised(layer)
-        self.base_layer = None if plain else layer
-        self.register_parameter("weight", layer.weight if plain else None)  # type: ignore[arg-type]
-        self.register_parameter("bias", layer.bias if plain else None)  # type: ignore[arg-type]
+        return cls._around(layer, dtype, max_rank, rank, lora_alpha, dropout)
 
     def _add_adapter(
         self,
         in_features: int,
         out_features: int,
+        device: torch.device,
+        dtype: torch.dtype | None,
         max_rank: int,
         rank: int,
         lora_alpha: float | None,
         dropout: float,
-        device: torch.device,
-        dtype: torch.dtype | None,
     ) -> None:
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
@@ -143,14 +111,6 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
         self._add_table(RankTable(1, max_rank, max_rank, device), lora_alpha)
         self._add_components(max_rank, in_features, out_features, device, dtype)
         self.set_rank(rank)
-
-    def pools(self) -> dict[str, ComponentPool]:
-        return {"": self}
-
-    @property
-    def rank(self) -> Tensor:
-        """int32 ``[]`` on the device: the live components. ``int(layer.rank)`` waits for the device."""
-        return self.table.ranks[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K] -> [..., N]``. In training mode a method's sampled ranks and probes apply.
@@ -209,15 +169,6 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
         zero_rows(self.lora_B, born)
 
     @torch.no_grad()
-    def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """``[N, K]``: what ``merge`` adds to the weight, ``scaling * sum_{j < rank} outer(b_j, a_j)``.
-
-        Args:
-            dtype: To compute in; default fp32, or fp64 for an fp64 adapter.
-        """
-        return self.delta(self.table.rows_of(0), self.scaling, dtype)
-
-    @torch.no_grad()
     def merge(self) -> nn.Module:
         """A copy of the base layer with the update in its weight, checked against this module's forward.
 
@@ -230,28 +181,7 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
         """
         if self.base_layer is not None and is_quantised(self.base_layer):
             return merge_quantised(self, self.base_layer)
-        weight = self.plain_weight()
-        merged: Any = self.plain(self) if self.base_layer is None else copy.deepcopy(self.base_layer)
-        updated = weight.detach().clone()
-        self.add_update("", updated)
-        merged.weight = nn.Parameter(updated, False) if isinstance(weight, nn.Parameter) else updated
-        check_merge(self, merged, weight, self.delta_weight(torch.float64))
-        return merged
-
-    def plain_weight(self) -> Tensor:
-        """``[N, K]``: the weight that the update can be added to.
-
-        Raises:
-            ValueError: The base layer has no plain floating-point weight.
-        """
-        weight: Any = self.weight if self.base_layer is None else getattr(self.base_layer, "weight", None)
-        shape = (self.out_features, self.in_features)
-        if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in FLOATING or weight.shape != shape:
-            raise ValueError(
-                f"the base layer has no plain floating-point weight of shape {shape} to merge into, but "
-                f"{'none' if weight is None else f'a {type(weight).__name__}'}; {ELSEWHERE}"
-            )
-        return weight
+        return super().merge()
 
     @torch.no_grad()
     def resize(self, max_rank: int) -> None:
@@ -270,21 +200,3 @@ class VariableRankLoRALinear(RankAdapter, ComponentPool):
             raise ValueError(f"max_rank is {max_rank}, below the rank {rank}; lower the rank first with set_rank")
         self.hold(torch.arange(held, device=self.lora_A.device), max_rank)
         self.table.resize(max_rank)
-
-    def merge_into(self, host: nn.Module) -> nn.Module:
-        return self.merge()
-
-    def plain(self, host: nn.Module) -> nn.Module:
-        if self.base_layer is not None:
-            return self.base_layer
-        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        layer.weight, layer.bias = self.weight, self.bias  # type: ignore[assignment]
-        return layer.train(self.training)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, max_rank={self.max_rank}"
-
-
-def is_customised(layer: nn.Module) -> bool:
-    """Whether the layer has hooks or a forward of its own, as accelerate gives it: only calling it heeds them."""
-    return "forward" in vars(layer) or any(value for key, value in vars(layer).items() if key.endswith("_hooks"))

@@ -3,5 +3,6 @@
 from lrlora_ops.ops.grouped_lora_linear import grouped_lora_linear
 from lrlora_ops.ops.lora_linear import lora_linear
 from lrlora_ops.ops.moe_lora_mlp import ExpertLinear, moe_lora_mlp
+from lrlora_ops.ops.sinc_lora_linear import sinc_lora_linear
 
-__all__ = ["ExpertLinear", "grouped_lora_linear", "lora_linear", "moe_lora_mlp"]
+__all__ = ["ExpertLinear", "grouped_lora_linear", "lora_linear", "moe_lora_mlp", "sinc_lora_linear"]

@@ -1,0 +1,330 @@
+"""sinc_weight and sinc_gradients: a frozen weight plus a learned elementwise function phi of a low-rank product.
+
+    sinc_weight     W + scaling * phi(Z),  Z = b^T a,  phi(z) = z + sum_k c_k (psi_k(z) - psi_k(0))
+    sinc_gradients  from m = dy^T x, with  dZ = m phi'(Z):
+                    d_a = scaling * b dZ,  d_b = scaling * a dZ^T,  d_c[k] = scaling * sum m (psi_k(Z) - psi_k(0))
+
+Z, phi and dZ exist a tile at a time, in registers. With ``w = z / h``, m the nearest integer, ``f = w - m`` and
+``r_k = 1 / (m - k + f)``, one sine serves all k:
+
+    psi_k  = (-1)^(m - k) f sinc(f) r_k
+    psi_k' = (-1)^(m - k) (sinc(f) (m - k) r_k^2 + f^2 g(f) r_k) / h              g(f) = (cos(pi f) - sinc(f)) / f^2
+
+Neither cancels near ``w = k`` if f is kept off zero, where ``f r_k = 1`` and ``(m - k) r_k^2 = 0``. On ``|f| <= 1/2``
+sinc and g are short series, the same on every GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrlora_ops.kernels._configs import tile_for
+from lrlora_ops.kernels._reduce import reduce_slabs
+from lrlora_ops.kernels._tiles import dot_precision, padded_rank, row_major
+
+# Columns that a program of sinc_gradients adds up: partial sums of d_b, one for each span, weigh little then.
+_SPAN = 512
+# The least |f|: a power of two, so that f (1 / f) is 1 to the bit, and large enough for 1 / f^2.
+_LEAST = tl.constexpr(2.0**-60)
+_PI_SQUARED = tl.constexpr(9.869604401089358)
+
+
+@triton.jit
+def low_rank_tile(
+    a_ptr,  # [R, K]
+    b_ptr,  # [R, N]
+    rank,
+    offs_n,
+    mask_n,
+    offs_k,
+    mask_k,
+    num_rows,
+    num_cols,
+    dtype: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``sum_j b[j, n] a[j, k]`` in fp32, of factors in ``dtype``."""
+    z = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for r in range(0, rank, BLOCK_R):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        a, b = load_factors(a_ptr, b_ptr, rank, offs_r, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype)
+        z = tl.dot(tl.trans(b), a, z, input_precision=PRECISION)
+    return z
+
+
+@triton.jit
+def load_factors(
+    a_ptr,  # [R, K]
+    b_ptr,  # [R, N]
+    rank,
+    offs_r,
+    offs_n,
+    mask_n,
+    offs_k,
+    mask_k,
+    num_rows,
+    num_cols,
+    dtype: tl.constexpr,
+):
+    """a ``[BLOCK_R, BLOCK_K]`` and b ``[BLOCK_R, BLOCK_N]`` in ``dtype``, zero beyond the rank."""
+    mask_r = offs_r < rank
+    rows = offs_r.to(tl.int64)[:, None]
+    a = tl.load(a_ptr + rows * num_cols + offs_k[None, :], mask=mask_r[:, None] & mask_k[None, :], other=0.0)
+    b = tl.load(b_ptr + rows * num_rows + offs_n[None, :], mask=mask_r[:, None] & mask_n[None, :], other=0.0)
+    return a.to(dtype), b.to(dtype)
+
+
+@triton.jit
+def locate(z, inverse_grid):
+    """m, f, and ``(-1)^m``, for ``w = z / h = m + f``."""
+    w = z * inverse_grid
+    m = tl.floor(w + 0.5)
+    f = w - m
+    f = tl.where(tl.abs(f) < _LEAST, _LEAST, f)
+    return m, f, parity(m)
+
+
+@triton.jit
+def parity(m):
+    """``(-1)^m``."""
+    half = m * 0.5
+    return 1.0 - 4.0 * (half - tl.floor(half))
+
+
+@triton.jit
+def signed(index, reach):
+    """``(-1)^k`` for ``k = index - reach``."""
+    return 1.0 - 2.0 * ((index + reach) % 2)
+
+
+@triton.jit
+def sinc_below_one(f):
+    """``sinc(f) - 1`` for ``|f| <= 1/2``, by its series."""
+    x = f * f * _PI_SQUARED
+    tail = x * 0.0 + 1.0
+    for j in tl.static_range(7, 1, -1):
+        tail = 1.0 - x * tail * (1.0 / (2 * j * (2 * j + 1)))
+    return -x * tail * (1.0 / 6.0)
+
+
+@triton.jit
+def cosine_below_sinc(f):
+    """``cos(pi f) - sinc(f)`` for ``|f| <= 1/2``, by its series: the difference would cancel."""
+    x = f * f * _PI_SQUARED
+    tail = x * 0.0 + 1.0
+    for j in tl.static_range(6, 0, -1):
+        tail = 1.0 - x * tail * (1.0 / (2 * j * (2 * j + 3)))
+    return -x * tail * (1.0 / 3.0)
+
+
+@triton.jit
+def sinc_weight_kernel(
+    weight_ptr,  # [N, K]
+    a_ptr,  # [R, K]
+    b_ptr,  # [R, N]
+    c_ptr,  # [2 reach + 1] fp32
+    out_ptr,  # [N, K], output
+    rank,
+    num_rows,
+    num_cols,
+    stride_wn,
+    reach,
+    inverse_grid,
+    scaling,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One tile of the weight that the base product reads. Grid: (row tiles, column tiles)."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_n, mask_k = offs_n < num_rows, offs_k < num_cols
+    mask = mask_n[:, None] & mask_k[None, :]
+    rows = offs_n.to(tl.int64)[:, None]
+    weight = tl.load(weight_ptr + rows * stride_wn + offs_k[None, :], mask=mask, other=0.0)
+
+    z = low_rank_tile(
+        a_ptr, b_ptr, rank, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, weight.dtype, PRECISION,
+        BLOCK_N, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+    m, f, sign = locate(z, inverse_grid)
+    p = tl.zeros_like(z)
+    for index in range(0, 2 * reach + 1):
+        p += signed(index, reach) * tl.load(c_ptr + index) / (m - (index - reach) + f)
+    phi = z - tl.load(c_ptr + reach) + sign * f * (1.0 + sinc_below_one(f)) * p
+    out = weight.to(tl.float32) + scaling * phi
+    tl.store(out_ptr + rows * num_cols + offs_k[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sinc_gradients_kernel(
+    m_ptr,  # [N, K]
+    a_ptr,  # [R, K]
+    b_ptr,  # [R, N]
+    c_ptr,  # [2 reach + 1] fp32
+    d_a_ptr,  # [row tiles, WIDTH, K] fp32, output
+    d_b_ptr,  # [spans, WIDTH, N] fp32, output
+    d_c_ptr,  # [row tiles * spans, BLOCK_C] fp32, output
+    rank,
+    num_rows,
+    num_cols,
+    reach,
+    inverse_grid,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """A span of SPAN tiles along K by BLOCK_N rows by BLOCK_R rank slots. Grid: (row tiles, spans, rank tiles)."""
+    pid_n, span = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_c = tl.arange(0, BLOCK_C)[None, :]
+    mask_n = offs_n < num_rows
+    rows = offs_n.to(tl.int64)[:, None]
+    first = tl.program_id(1) * SPAN * BLOCK_K
+    dtype: tl.constexpr = m_ptr.dtype.element_ty
+
+    d_b = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    d_c = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)  # by row: threads meet once, at the end
+    for start in range(first, tl.minimum(first + SPAN * BLOCK_K, num_cols), BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < num_cols
+        mask = mask_n[:, None] & mask_k[None, :]
+        d = tl.load(m_ptr + rows * num_cols + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+        z = low_rank_tile(
+            a_ptr, b_ptr, rank, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype, PRECISION,
+            BLOCK_N, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+        m, f, sign = locate(z, inverse_grid)
+        below_one = sinc_below_one(f)
+        sinc = sign * (1.0 + below_one)
+        d_sine = d * f * sinc
+        centre = tl.where(m == 0, d * below_one, d_sine / (m + f) - d)  # would cancel where z is small
+        d_c += tl.where(offs_c == reach, tl.sum(centre, 1)[:, None], 0.0)
+        p, t = tl.zeros_like(z), tl.zeros_like(z)
+        for index in range(0, 2 * reach + 1):  # not unrolled: that would hold the tiles of all k at once
+            c = signed(index, reach) * tl.load(c_ptr + index)
+            distance = m - (index - reach)
+            r = 1.0 / (distance + f)
+            p += c * r
+            t += c * (distance * r) * r
+            total = signed(index, reach) * tl.sum(d_sine * r, 1)[:, None]
+            d_c += tl.where((offs_c == index) & (index != reach), total, 0.0)
+        slope = 1.0 + inverse_grid * (sinc * t + parity(m) * cosine_below_sinc(f) * p)
+
+        d_z = (d * slope).to(dtype)
+        a, b = load_factors(a_ptr, b_ptr, rank, offs_r, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype)
+        d_b = tl.dot(d_z, tl.trans(a), d_b, input_precision=PRECISION)
+        d_a = tl.dot(tl.trans(d_z), tl.trans(b), input_precision=PRECISION)
+        d_a_rows = (pid_n * WIDTH + offs_r)[None, :] * num_cols
+        tl.store(d_a_ptr + d_a_rows + offs_k[:, None], d_a, mask=(offs_r < rank)[None, :] & mask_k[:, None])
+
+    d_b_rows = (span * WIDTH + offs_r)[None, :] * num_rows
+    tl.store(d_b_ptr + d_b_rows + offs_n[:, None], d_b, mask=(offs_r < rank)[None, :] & mask_n[:, None])
+    if tl.program_id(2) == 0:
+        d_c_row = (pid_n * tl.num_programs(1) + span) * BLOCK_C
+        tl.store(d_c_ptr + d_c_row + tl.arange(0, BLOCK_C), tl.sum(d_c, 0))
+
+
+@torch.library.custom_op("lrlora_triton::sinc_weight", mutates_args=())
+def sinc_weight(
+    weight: Tensor, a: Tensor, b: Tensor, c: Tensor, grid: float, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    """``W + scaling * phi(b^T a)``, ``[N, K]`` in ``dtype``, for a ``[R, K]``, b ``[R, N]`` and fp32 c ``[2n + 1]``."""
+    out = weight.new_empty(weight.shape, dtype=dtype)
+    _write_weight(out, weight, a, b, c, grid, scaling)
+    return out
+
+
+def _write_weight(out: Tensor, weight: Tensor, a: Tensor, b: Tensor, c: Tensor, grid: float, scaling: float) -> None:
+    if out.numel() == 0:
+        return
+    weight, (num_rows, num_cols) = row_major(weight), out.shape
+    tile = tile_for("sinc_weight", padded_rank(a.shape[0]), weight.dtype)
+    sinc_weight_kernel[triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_cols, tile.block_n)](
+        weight,
+        a.contiguous(),
+        b.contiguous(),
+        c.contiguous(),
+        out,
+        a.shape[0],
+        num_rows,
+        num_cols,
+        weight.stride(0),
+        len(c) // 2,
+        1 / grid,
+        scaling,
+        PRECISION=dot_precision(weight.dtype),
+        BLOCK_N=tile.block_m,
+        BLOCK_K=tile.block_n,
+        BLOCK_R=tile.block_r,
+        **tile.launch_options(),
+    )
+
+
+@sinc_weight.register_fake
+def _(weight, a, b, c, grid, scaling, dtype):
+    return weight.new_empty(weight.shape, dtype=dtype)
+
+
+@torch.library.custom_op("lrlora_triton::sinc_gradients", mutates_args=("m",))
+def sinc_gradients(
+    m: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, c: Tensor, grid: float, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contracts ``m = dy^T x`` ``[N, K]`` into d_a ``[R, K]``, d_b ``[R, N]`` and d_c ``[2n + 1]``, all in fp32.
+
+    m itself becomes ``W + scaling * phi(b^T a)`` if ``weight`` is given, and is used up otherwise.
+    """
+    (num_rows, num_cols), rank, width = m.shape, a.shape[0], padded_rank(a.shape[0])
+    d_a, d_b, d_c = (torch.zeros(t.shape, dtype=torch.float32, device=m.device) for t in (a, b, c))
+    if m.numel() == 0:
+        return d_a, d_b, d_c
+    tile = tile_for("sinc_gradients", width, m.dtype)
+    span = triton.cdiv(_SPAN, tile.block_n)  # in tiles
+    row_tiles, spans = triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_cols, tile.block_n * span)
+    rank_tiles, block_c = triton.cdiv(width, tile.block_r), max(16, triton.next_power_of_2(len(c)))
+    d_a_partial = d_a.new_empty(row_tiles, width, num_cols)
+    d_b_partial = d_b.new_empty(spans, width, num_rows)
+    d_c_partial = d_c.new_empty(row_tiles * spans, block_c, 1)
+    sinc_gradients_kernel[row_tiles, spans, rank_tiles](
+        m,
+        a.contiguous(),
+        b.contiguous(),
+        c.contiguous(),
+        d_a_partial,
+        d_b_partial,
+        d_c_partial,
+        rank,
+        num_rows,
+        num_cols,
+        len(c) // 2,
+        1 / grid,
+        WIDTH=width,
+        PRECISION=dot_precision(m.dtype),
+        SPAN=span,
+        BLOCK_C=block_c,
+        BLOCK_N=tile.block_m,
+        BLOCK_K=tile.block_n,
+        BLOCK_R=tile.block_r,
+        **tile.launch_options(),
+    )
+    for partial, d in ((d_a_partial, d_a), (d_b_partial, d_b), (d_c_partial, d_c[:, None])):
+        live = torch.full((1,), d.shape[0], dtype=torch.int32, device=m.device)
+        reduce_slabs(partial, d, live, scaling, None, None, None)
+    if weight is not None:  # a launch of its own: within the kernel it would take the registers that there are
+        _write_weight(m, weight, a, b, c, grid, scaling)
+    return d_a, d_b, d_c
+
+
+@sinc_gradients.register_fake
+def _(m, weight, a, b, c, grid, scaling):
+    return tuple(t.new_empty(t.shape, dtype=torch.float32) for t in (a, b, c))
