@@ -236,7 +236,7 @@ def test_it_starts_as_lora_and_no_gradient_is_noise(backend):
     assert gradients["coefficients"].abs().max() < 1e-12 * gradients["lora_B"].abs().max()
 
 
-@pytest.mark.parametrize("needed", [{"x"}, {"lora_A"}, {"coefficients"}, {"x", "lora_B"}], ids=str)
+@pytest.mark.parametrize("needed", [("x",), ("lora_A",), ("coefficients",), ("x", "lora_B")], ids=" and ".join)
 def test_only_what_is_needed(needed):
     given = operands(Case((3,), 20, 12, 2))
     everything = results(sinc_lora_linear(**given, grid=0.7, scaling=SCALING), given)
