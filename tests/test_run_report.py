@@ -186,7 +186,7 @@ def test_report_writes_a_page_and_pictures(output, tmp_path):
         (["adapters"], "adapters holds adapters, but no history.jsonl.*: train again .* or see .* lrlora doctor"),
         (["newer"], "has format version 2, and this lrlora reads 1: update lrlora_ops"),
         (["damaged"], "is damaged in line 3 .*: restore it, or leave this run out"),
-        (["demo", "--gpu", "abacus"], "--gpu is abacus; it must be one of B200, "),
+        (["demo", "--gpu", "abacus"], "--gpu is abacus; it must be one of GB200, B200, "),
         (["demo", "--output", "empty/file"], r"file cannot be written \(File exists\): choose another --output"),
         ([], r"Missing argument 'RUN\.\.\.'.*\(see lrlora report --help\)"),
     ],
