@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lrlora_ops._storage import held_bytes, saved_bytes, storage_of
 from lrlora_ops.modules._interface import expert_features, expert_projections, is_experts
@@ -53,11 +54,12 @@ def trace(model: Any, targets: Mapping[str, nn.Module], tokens: int) -> Trace:
     x = torch.empty(1, tokens, embeddings.shape[1], dtype=embeddings.dtype, device="meta", requires_grad=True)
     outputs: list[Any] = []
     try:
-        saved = saved_bytes(
-            lambda: outputs.append(model(inputs_embeds=x)),
-            [*model.parameters(), *model.buffers()],
-            leave_out=lambda tensor: _is_attention(tensor, tokens),
-        )
+        with _GroupedMmOfAnyDtype():
+            saved = saved_bytes(
+                lambda: outputs.append(model(inputs_embeds=x)),
+                [*model.parameters(), *model.buffers()],
+                leave_out=lambda tensor: _is_attention(tensor, tokens),
+            )
     finally:
         for handle in handles:
             handle.remove()
@@ -70,6 +72,15 @@ def trace(model: Any, targets: Mapping[str, nn.Module], tokens: int) -> Trace:
         layers.append(_layer(name, targets[name], args, source))
     logits = outputs[0][0].numel() * (outputs[0][0].element_size() + 8)
     return Trace(tuple(layers), held_bytes(model.parameters()), saved, logits)
+
+
+class _GroupedMmOfAnyDtype(TorchFunctionMode):
+    """On the meta device ``grouped_mm`` takes bf16 alone; one expert's product has its shape, and keeps as much."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._grouped_mm and args[0].dtype != torch.bfloat16:
+            return args[0] @ args[1][0]
+        return func(*args, **(kwargs or {}))
 
 
 def _note(calls: dict[str, tuple[Any, ...]], name: str) -> Any:

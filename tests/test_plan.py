@@ -201,6 +201,24 @@ def test_peft_on_experts_holds_what_is_planned():
     assert held == peft(layers, 5, 7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_frozen_experts_in_any_dtype(dtype):
+    """What is traced on the meta device is what a forward on the CPU keeps."""
+    model = on_meta(experts=True, dtype=dtype)
+    model.set_attn_implementation("eager")  # fused attention is another one on each device
+    found = trace(model, find_targets(model, "experts"), TOKENS)
+    model = model.to_empty(device="cpu")
+    resident = [*model.parameters(), *model.buffers()]
+    for tensor in resident:
+        tensor.zero_()
+    x = torch.zeros(1, TOKENS, 64, dtype=dtype, requires_grad=True)
+    is_attention = lambda tensor: tensor.dim() > 2 and tensor.shape[-2:] == (TOKENS, TOKENS)  # noqa: E731
+    kept = saved_bytes(lambda: model(inputs_embeds=x), resident, is_attention)
+    assert found.layers[0].itemsize == dtype.itemsize
+    offsets = 2 * 4 * 4  # of the experts' rows in two layers: not counted where they go with no grouped_mm
+    assert found.saved == kept - (offsets if dtype != torch.bfloat16 else 0)
+
+
 def test_the_frozen_model():
     """Its weights by counting; what it saves grows with the tokens, without their square."""
     found, model = traced("all-linear"), on_meta()

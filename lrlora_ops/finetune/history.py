@@ -117,15 +117,12 @@ def traced_layers(adapters: Adapters, seq_len: int, rows: int) -> dict[str, Any]
     """
     model: Any = adapters.model
     try:
-        with torch.device("meta"):  # in bf16, the one dtype for which grouped_mm works there
-            meta: Any = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.bfloat16)
+        with torch.device("meta"):
+            meta: Any = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
         layers = trace(meta, {name: meta.get_submodule(name) for name in adapters.modules}, seq_len).layers
     except Exception as error:  # a model of one's own, a quantised one: many kinds
         return {"no_layers": (str(error).strip().splitlines() or [type(error).__name__])[0]}
-    size = model.dtype.itemsize
-    return {
-        "layers": [asdict(x) | {"tokens": rows * x.tokens, "rows": rows * x.rows, "itemsize": size} for x in layers]
-    }
+    return {"layers": [asdict(x) | {"tokens": rows * x.tokens, "rows": rows * x.rows} for x in layers]}
 
 
 def _number(value: float, digits: int = 6) -> float | None:
