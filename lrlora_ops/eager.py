@@ -19,6 +19,8 @@ from lrlora_ops._sinc import sinc_gradients, sinc_weight  # noqa: F401
 
 # A block takes 2 MB in fp32, about a core's share of the caches, and has rows enough for BLAS to be quick.
 _BLOCK_ELEMENTS, _BLOCK_ROWS = 2**19, 128
+# Of rows that two products read, or one reads column by column: BLAS is slower with fewer, the cache with more.
+_REUSED_ROWS = 512
 # Of a weight that is widened at a time: 16 MB in fp32, to be used by many rows; for fewer it does not pay.
 _WEIGHT_ELEMENTS, _WIDENED_ROWS = 2**22, 32
 # torch.cpu.get_capabilities is younger than the oldest torch that is supported.
@@ -41,8 +43,10 @@ def _blocks(
     compute: torch.dtype, x_rows: Tensor, *others: Tensor, reused: bool = False
 ) -> Iterator[tuple[Tensor, ...]]:
     """x_rows in ``compute`` and the same rows of the others: all at once, unless many are to be widened or reused."""
-    size = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(x_rows.shape[1], 1)) * torch.get_num_threads()
-    if (compute == x_rows.dtype and not reused) or x_rows.shape[0] <= size:
+    size = _REUSED_ROWS if reused else x_rows.shape[0]
+    if compute != x_rows.dtype:
+        size = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(x_rows.shape[1], 1)) * torch.get_num_threads()
+    if x_rows.shape[0] <= size:
         yield x_rows.to(compute), *others
         return
     for block, *parts in zip(*(rows.split(size) for rows in (x_rows, *others)), strict=True):
