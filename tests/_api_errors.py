@@ -215,7 +215,7 @@ MODULES = [
     (
         lambda: VariableRankLoRALinear.from_linear(layer()),
         "is a VariableRankLoRALinear already",
-        "set_rank, or merge it first",
+        "change that one, or merge it first",
     ),
 ]
 

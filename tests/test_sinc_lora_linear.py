@@ -266,7 +266,7 @@ def test_keeps_x_and_the_parameters_alone():
 
 
 def test_eager_backend_makes_no_matrix_of_the_weight_s_size():
-    """The largest tensor that it allocates, forward and backward, is a block of rows."""
+    """The largest tensor that it allocates, forward and backward, is a block of rows or a tile for each thread."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -281,10 +281,11 @@ def test_eager_backend_makes_no_matrix_of_the_weight_s_size():
                 )
             return out
 
-    given = operands(Case((2,), 1024, 1536, 2))
+    given = operands(Case((2,), 2048, 2048, 2))
     with Watch():
         sinc_lora_linear(**given, grid=0.7, scaling=SCALING).sum().backward()
-    assert largest <= 2**19 == 1024 * 1536 / 3
+    buffers = 10 * 2**16 * torch.get_num_threads()
+    assert 2**19 <= largest <= max(2**19, buffers) < 2048**2
 
 
 def test_autocast_casts_like_linear():
