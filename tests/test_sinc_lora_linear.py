@@ -14,16 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from lrlora_ops import sinc_lora_linear
 from lrlora_ops.reference import sinc_lora_linear_reference
 from tests._oracle import assert_within_budget, bits
+from tests.test_lora_linear import BACKENDS, DEVICE, SCALING, each_backend, each_dtype
 from tests.test_lora_linear_autograd import saved_for_backward
 
-SCALING = 0.75
-BACKENDS = {
-    "eager": [torch.float32, torch.float16, torch.bfloat16, torch.float64],
-    "triton": [torch.float32, torch.float16],  # interpreted bf16 is garbage: triton-lang/triton#11584
-}
-DEVICE = {"eager": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
-each_dtype = pytest.mark.parametrize(("backend", "dtype"), [(b, d) for b, dtypes in BACKENDS.items() for d in dtypes])
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 LEAVES = ("x", "lora_A", "lora_B", "coefficients")
 
 pytestmark = pytest.mark.usefixtures("poison")
