@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lrlora_ops import _checkpoint
 from lrlora_ops._metrics import kind
@@ -52,8 +53,12 @@ def apply_lora(
     Raises:
         ValueError: A target matches nothing, or a setting does not fit; the model is unchanged then.
     """
-    if targets is None and isinstance(method, Mapping) and not find_adapters(model):
+    inner = _inner(model)
+    if targets is None and isinstance(method, Mapping) and not find_adapters(inner):
         targets = list(method)
+    if targets is not None:
+        _require_no_ddp(model)
+    model = inner
     found = find_targets(model, targets)
     served = choose_methods(found, method)
     return apply_methods(
@@ -110,6 +115,23 @@ def apply_methods(
     return Adapters(model, modules, served)
 
 
+def _inner(model: nn.Module) -> nn.Module:
+    """The model within what ``torch.compile`` or DDP made of it, whose names for the layers are in no checkpoint."""
+    while True:
+        held = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
+        if held is model:
+            return model
+        model = held
+
+
+def _require_no_ddp(model: nn.Module) -> None:
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "the model is in DistributedDataParallel, which would not average the gradients of parameters that are new "
+            "to it: adapt the model first, then wrap it"
+        )
+
+
 def _require_undivided(found: Mapping[str, nn.Module]) -> None:
     for name, module in found.items():
         if any(is_sharded(parameter) for parameter in module.parameters()):
@@ -143,7 +165,8 @@ def load_adapter(
         ValueError: It is damaged, holds what cannot be represented (DoRA, biases, ...), does not fit the model, or has
             ranks above the method's; the model is unchanged then.
     """
-    path = Path(directory)
+    _require_no_ddp(model)
+    model, path = _inner(model), Path(directory)
     if (path / _checkpoint.STATE_FILE).exists():
         if method is not None:
             raise ValueError(f"{path} holds adapters with methods of their own; leave method out")

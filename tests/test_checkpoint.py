@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lrlora_ops import FixedRank, LearnedRank, VariableRankLoRALinear, _checkpoint, apply_lora, load_adapter
 from tests._models import optimize
@@ -447,3 +449,45 @@ def test_a_hundred_kills_at_random_moments(tmp_path):
     states, files = (int(word.split()[0]) for word in finished.stdout.split(","))
     assert states > 50, "the children were killed before they saved anything"
     assert files == 2
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [compiled, DistributedDataParallel])
+def test_into_a_model_that_was_wrapped(tmp_path, wrap, one_process):
+    model, adapters, optimizer = make()
+    train(model, adapters, optimizer, range(3))
+    adapters.save(tmp_path)
+    model, others, _ = make()
+    wrapped = wrap(model)
+    others.load(tmp_path)
+    assert_same(snapshot(others), snapshot(adapters))
+    assert apply_lora(wrapped, FixedRank(3)).modules == others.modules
+
+
+def test_a_compiled_model_has_the_names_of_the_model(tmp_path):
+    _, adapters, _ = make()
+    adapters.save(tmp_path)
+    others = load_adapter(compiled(plain()), tmp_path)
+    assert_same(snapshot(others), snapshot(adapters))
+    new = apply_lora(compiled(plain()), FixedRank(2), "all-linear")
+    assert new.modules.keys() == adapters.modules.keys()
+
+
+def test_ddp_takes_no_new_adapters(tmp_path, one_process):
+    _, adapters, _ = make()
+    adapters.save(tmp_path)
+    wrapped = DistributedDataParallel(plain())
+    for adapt in (lambda: load_adapter(wrapped, tmp_path), lambda: apply_lora(wrapped, FixedRank(2), "all-linear")):
+        with pytest.raises(ValueError, match="adapt the model first, then wrap it"):
+            adapt()
+    assert all(parameter.requires_grad for parameter in wrapped.parameters())
