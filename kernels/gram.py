@@ -156,13 +156,12 @@ def gram_kernel(
 
 
 def rows_of_a_share(num_rows: int, results: int, grouped: bool, block_m: int) -> int:
-    """As few as give that many programs a share where all rows are one expert's, each of ``results`` results."""
+    """As few as give all programs a share where one expert has all rows, each of ``results`` results."""
     programs = _PROGRAMS_OF_EXPERTS if grouped else _PROGRAMS
-    return max(_LEAST_BLOCKS * block_m, num_rows * results // programs)
+    return min(max(_LEAST_BLOCKS * block_m, num_rows * results // programs), num_rows)
 
 
-@torch.library.custom_op("lrlora_triton::gram", mutates_args=())
-def gram(
+def launch_gram(
     u: Tensor,
     y: Tensor,
     ranks: Tensor,
@@ -174,10 +173,7 @@ def gram(
     group_offsets: Tensor | None = None,
     row_index: Tensor | None = None,
 ) -> Tensor:
-    """d ``[pool_size, N]`` in ``dtype`` for u ``[L, WIDTH]`` and y ``[M, N]``; rows of dead components are zero.
-
-    ``row_index`` ``[L]`` gathers rows of y; without it L is M.
-    """
+    """``gram`` itself, for launchers that take it as a part."""
     u, y = u.contiguous(), row_major(y)
     num_rows, num_cols, num_experts, width = u.shape[0], y.shape[1], ranks.shape[0], u.shape[1]
     tile = _configs.tile_for("gram", width, y.dtype, num_rows // num_experts, num_cols)
@@ -221,6 +217,26 @@ def gram(
         **tile.launch_options(),
     )
     return d
+
+
+@torch.library.custom_op("lrlora_triton::gram", mutates_args=())
+def gram(
+    u: Tensor,
+    y: Tensor,
+    ranks: Tensor,
+    pool_size: int,
+    scaling: float,
+    dtype: torch.dtype,
+    gate: Tensor | None = None,
+    components: Tensor | None = None,
+    group_offsets: Tensor | None = None,
+    row_index: Tensor | None = None,
+) -> Tensor:
+    """d ``[pool_size, N]`` in ``dtype`` for u ``[L, WIDTH]`` and y ``[M, N]``; rows of dead components are zero.
+
+    ``row_index`` ``[L]`` gathers rows of y; without it L is M.
+    """
+    return launch_gram(u, y, ranks, pool_size, scaling, dtype, gate, components, group_offsets, row_index)
 
 
 @gram.register_fake

@@ -191,9 +191,10 @@ def test_shares_fill_the_machine_and_are_worth_a_program():
     rows = triton_gram.rows_of_a_share
     assert rows(8192, 32, False, 64) == 1024  # 8 shares of 32 results: 256 programs
     assert 8191 // rows(8191, 32, False, 64) == 8
-    assert rows(100, 1, False, 64) == 256  # too few to be cut
+    assert rows(1000, 1, False, 64) == 256
+    assert rows(100, 1, False, 64) == 100  # too few to be cut
     assert rows(65536, 16, True, 64) == 1024  # a hot expert of 8192 rows: 8 shares
-    assert rows(2**20, 512, False, 64) == 2**21  # the columns alone fill the machine
+    assert rows(2**20, 512, False, 64) == 2**20  # the columns alone fill the machine
 
 
 @pytest.mark.parametrize("name", ["no tile divides", "ragged"])
