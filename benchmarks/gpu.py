@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 # Shares of the minutes that parity and compilation may take, and the seconds that are kept for the report.
 _PARITY_SHARE, _WARM_SHARE, _REPORT_SECONDS = 0.45, 0.2, 15
 _STOPPED = -1
+_NEEDED = ("pytest", "pytest_benchmark", "hypothesis")
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
 _OUTCOME = re.compile(
     r"^(?:\[gw\d+\] \[ *\d+%\] (?P<first>PASSED|FAILED|ERROR|SKIPPED) (?P<test>tests/.+?)"
@@ -127,7 +128,8 @@ class Run:
         """The tests that are marked so; a log beside the results has all that they print."""
         marked = [path for path in ROOT.glob("tests/test_*.py") if f"mark.{marker}" in path.read_text()]
         files = sorted(str(path.relative_to(ROOT)) for path in marked)
-        command = [*PYTEST, "-v", "--tb=short", "-m", marker, *files]
+        # A file that cannot be imported here must not keep the others from running.
+        command = [*PYTEST, "-v", "--tb=short", "--continue-on-collection-errors", "-m", marker, *files]
         if importlib.util.find_spec("xdist"):  # compiles in parallel
             command += ["-n", str(self.jobs), "--dist", "worksteal"]
         assert self.results.path is not None
@@ -195,6 +197,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)), help="processes")
     parser.add_argument("--skip", nargs="+", default=[], choices=["parity", "warm", "benchmarks"], help="leave out")
     arguments, more = parser.parse_known_args()
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        names = " ".join(missing).replace("_", "-")
+        parser.error(f"{sys.executable} has no {', '.join(missing)}: {sys.executable} -m pip install {names}")
     this = Run(arguments.results.resolve(), arguments.minutes, more, arguments.jobs)
     this.results.write(this.about)
     for name in ("parity", "warm", "benchmarks"):

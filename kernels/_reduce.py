@@ -1,6 +1,6 @@
 """reduce: ``d[comp(e, j)] = factor_j * sum over the expert's slabs s of partial[s, j]``, in a fixed order.
 
-The deterministic second half of every sum over rows: each program of the first half wrote its own slab.
+The deterministic second half of sums whose programs have all columns of some rows: each wrote its own slab.
 """
 
 import triton
@@ -19,21 +19,17 @@ def slabs_of(
     group_offsets_ptr,  # [E + 1]
     num_experts,
     num_slabs,
-    SPLITS: tl.constexpr,
     GROUPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """First and end slab of an expert: SPLITS for each expert, or, if that is 0, one for each row tile."""
-    first = expert * SPLITS
-    end = first + SPLITS
-    if SPLITS == 0:
-        end += num_slabs
-        if GROUPED:
-            tiles = expert_tiles(group_offsets_ptr, num_experts, BLOCK_M, BLOCK_E)
-            offs_e = tl.arange(0, BLOCK_E)
-            first = tl.sum(tl.where(offs_e < expert, tiles, 0), 0)
-            end = first + tl.sum(tl.where(offs_e == expert, tiles, 0), 0)
+    """First and end slab of an expert, which has one for each of its row tiles; a dense layer has all."""
+    first, end = expert * 0, num_slabs
+    if GROUPED:
+        tiles = expert_tiles(group_offsets_ptr, num_experts, BLOCK_M, BLOCK_E)
+        offs_e = tl.arange(0, BLOCK_E)
+        first = tl.sum(tl.where(offs_e < expert, tiles, 0), 0)
+        end = first + tl.sum(tl.where(offs_e == expert, tiles, 0), 0)
     return first, end
 
 
@@ -51,7 +47,6 @@ def reduce_kernel(
     max_rank,
     scaling,
     WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -68,7 +63,7 @@ def reduce_kernel(
         return
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_cols
-    first, end = slabs_of(expert, group_offsets_ptr, num_experts, num_slabs, SPLITS, GROUPED, BLOCK_M, BLOCK_E)
+    first, end = slabs_of(expert, group_offsets_ptr, num_experts, num_slabs, GROUPED, BLOCK_M, BLOCK_E)
 
     acc = tl.zeros((BLOCK_S, BLOCK_N), dtype=tl.float32)
     for s in range(first, end, BLOCK_S):
@@ -92,7 +87,6 @@ def reduce_slabs(
     components: Tensor | None,
     group_offsets: Tensor | None,
     *,
-    splits: int = 0,
     block_m: int = 1,
 ) -> None:
     """Sums ``partial`` ``[slabs, WIDTH, N]`` into the live rows of d ``[R, N]``; see ``slabs_of`` for which."""
@@ -114,7 +108,6 @@ def reduce_slabs(
         0 if components is None else components.shape[1],
         scaling,
         WIDTH=width,
-        SPLITS=splits,
         HAS_GATE=gate is not None,
         HAS_TABLE=components is not None,
         GROUPED=group_offsets is not None,

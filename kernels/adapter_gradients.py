@@ -57,7 +57,7 @@ def sum_statistics(
     return tl.join(tl.sum(c, 0), routed)
 
 
-@triton.jit(do_not_specialize=["share_rows"])
+@triton.jit(do_not_specialize=["num_rows", "share_rows"])
 def adapter_gradients_kernel(
     u_ptr,  # [L, WIDTH], zero beyond the rank
     v_ptr,  # [L, WIDTH], zero beyond the rank
@@ -78,6 +78,7 @@ def adapter_gradients_kernel(
     weights_ptr,  # [T, k]
     d_weights_ptr,  # [T, k]
     row_order_ptr,  # [L]
+    num_rows,
     in_features,
     out_features,
     num_experts,
@@ -107,33 +108,28 @@ def adapter_gradients_kernel(
     tiles = tiles_a + tl.cdiv(out_features, BLOCK_N) + 1
     tile, rank_tile = tl.program_id(0) % tiles, tl.program_id(0) // tiles % rank_tiles
     shares_before = tl.program_id(0) // (tiles * rank_tiles)
-    expert, share, num_shares, slot = locate_share(shares_before, group_offsets_ptr, num_experts, share_rows, BLOCK_E)
+    expert, share, num_shares, slot, first, end = locate_share(
+        shares_before, group_offsets_ptr, num_rows, num_experts, share_rows, True, BLOCK_M, BLOCK_E
+    )
     if expert >= num_experts:
         return
     is_statistics = tile == tiles - 1
     rank = tl.load(ranks_ptr + expert)
     if rank_tile * BLOCK_R >= rank and not (HAS_DEMAND and is_statistics and rank_tile == 0):
         return
-    start = tl.load(group_offsets_ptr + expert)
-    stop = tl.load(group_offsets_ptr + expert + 1)
-    rows = tl.cdiv(tl.cdiv(stop - start, num_shares), BLOCK_M) * BLOCK_M
-    first = start + share * rows
-    end = tl.minimum(first + rows, stop)
     offs_r = rank_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     pool = pool_rows(components_ptr, expert, offs_r, rank, max_rank, True)
 
-    result = (slot.to(tl.int64) * rank_tiles + rank_tile) * tiles + tile
-    partial_ptr += result * (BLOCK_N * BLOCK_R)
-    counters_ptr += result
-    stride = rank_tiles * tiles * BLOCK_N * BLOCK_R
-    offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+    SIZE: tl.constexpr = BLOCK_N * BLOCK_R
+    results = rank_tiles * tiles
+    result = slot.to(tl.int64) * results + rank_tile * tiles + tile
     if tile < tiles_a:
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = gram_tile(
             v_ptr, x_ptr, x_index_ptr, weights_ptr, row_order_ptr, first, end, offs_r, offs_n, in_features, stride_xm,
             WIDTH, HAS_X_INDEX, HAS_WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
-        acc, has_sum = sum_shares(acc, partial_ptr, counters_ptr, offs, stride, share, num_shares, IS_HIP)
+        acc, has_sum = sum_shares(acc, partial_ptr, counters_ptr, result, results, share, num_shares, SIZE, IS_HIP)
         live = tl.where(has_sum, rank, 0)
         store_gram(d_a_ptr, acc, gate_ptr, pool, offs_r, live, offs_n, in_features, scaling, HAS_GATE)
     elif not is_statistics:
@@ -142,16 +138,15 @@ def adapter_gradients_kernel(
             u_ptr, dy_ptr, dy_index_ptr, weights_ptr, row_order_ptr, first, end, offs_r, offs_n, out_features,
             stride_dym, WIDTH, HAS_DY_INDEX, HAS_WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
-        acc, has_sum = sum_shares(acc, partial_ptr, counters_ptr, offs, stride, share, num_shares, IS_HIP)
+        acc, has_sum = sum_shares(acc, partial_ptr, counters_ptr, result, results, share, num_shares, SIZE, IS_HIP)
         live = tl.where(has_sum, rank, 0)
         store_gram(d_b_ptr, acc, gate_ptr, pool, offs_r, live, offs_n, out_features, scaling, HAS_GATE)
     else:
-        offs_two = tl.arange(0, BLOCK_R)[:, None] * 2 + tl.arange(0, 2)[None, :]
         both = sum_statistics(
             u_ptr, v_ptr, weights_ptr, d_weights_ptr, row_order_ptr, first, end, offs_r, WIDTH, HAS_WEIGHTS, HAS_DEMAND,
             BLOCK_M, BLOCK_R,
         )  # fmt: skip
-        both, has_sum = sum_shares(both, partial_ptr, counters_ptr, offs_two, stride, share, num_shares, IS_HIP)
+        both, has_sum = sum_shares(both, partial_ptr, counters_ptr, result, results, share, num_shares, SIZE, IS_HIP)
         c, routed = tl.split(both)
         tl.store(c_ptr + pool, scaling * c, mask=(offs_r < rank) & has_sum)
         if HAS_DEMAND:
@@ -217,6 +212,7 @@ def adapter_gradients(
         None if weights is None else weights.contiguous(),
         None if d_weights is None else d_weights.contiguous(),
         row_order,
+        num_rows,
         x.shape[1],
         dy.shape[1],
         num_experts,

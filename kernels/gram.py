@@ -1,7 +1,7 @@
 """gram: ``d[comp(e, j)] = scaling * gate_j * sum_{i in e} u[i, j] y[i]``, the weight gradients.
 
-The rank sits on the N axis of the MMA: [N x rows] @ [rows x r] is wgmma, [r x rows] @ [rows x N] is not. Few
-experts with many rows are split over programs, each writing fp32 partial sums that ``reduce`` adds up in order.
+The rank sits on the N axis of the MMA: [N x rows] @ [rows x r] is wgmma, [r x rows] @ [rows x N] is not. The rows of
+a dense layer, and of a long expert, are cut into shares for several programs (``_shares``).
 """
 
 import torch
@@ -9,12 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrlora_ops.kernels._configs import tile_for
-from lrlora_ops.kernels._reduce import reduce_slabs
+from lrlora_ops.kernels import _configs
+from lrlora_ops.kernels._shares import locate_share, sum_shares
 from lrlora_ops.kernels._tiles import dot_precision, pool_rows, row_major, source_rows
 
 # Two programs for each multiprocessor of a large GPU: more would write more partial sums and hide no more latency.
-_TARGET_PROGRAMS = 256
+_PROGRAMS = 256
+# Few experts are long, and what other programs have left of a long one is waited for: shorter shares.
+_PROGRAMS_OF_EXPERTS = 1024
+# Below, in row blocks, a share is too little work to pay for its partial sums.
+_LEAST_BLOCKS = 4
 
 
 @triton.jit
@@ -91,11 +95,13 @@ def store_gram(
     tl.store(d, acc.to(d_ptr.dtype.element_ty), mask=mask_r[None, :] & (offs_n < num_cols)[:, None])
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "share_rows"])
 def gram_kernel(
     u_ptr,  # [L, WIDTH], zero beyond the rank
     y_ptr,  # [M, N]
-    d_ptr,  # [R, N] if SPLITS == 1, else fp32 [E * SPLITS, WIDTH, N]; output
+    d_ptr,  # [R, N], output
+    partial_ptr,  # [slots, rank tiles, column tiles, BLOCK_N, BLOCK_R] fp32, of experts of several shares
+    counters_ptr,  # [slots, rank tiles, column tiles] int32, zeros
     gate_ptr,  # [R]
     ranks_ptr,  # [E]
     components_ptr,  # [E, max_rank]
@@ -103,55 +109,114 @@ def gram_kernel(
     row_index_ptr,  # [L]
     num_rows,
     num_cols,
+    num_experts,
     max_rank,
+    share_rows,
     stride_ym,
     scaling,
     WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     GROUPED: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_HIP: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """BLOCK_R rank slots of one expert by BLOCK_N columns, over one of SPLITS shares of the expert's rows.
+    """A share of one expert's rows for BLOCK_R rank slots by BLOCK_N columns.
 
-    Grid: (column tiles, E * rank tiles, SPLITS).
+    Grid: (shares * rank tiles * column tiles,), the last fastest.
     """
-    expert = tl.program_id(1) // (WIDTH // BLOCK_R)
-    first_slot = tl.program_id(1) % (WIDTH // BLOCK_R) * BLOCK_R
-    split = tl.program_id(2)
+    SIZE: tl.constexpr = BLOCK_N * BLOCK_R
+    tiles = tl.cdiv(num_cols, BLOCK_N)
+    results = tiles * (WIDTH // BLOCK_R)
+    first_slot = tl.program_id(0) // tiles % (WIDTH // BLOCK_R) * BLOCK_R
+    expert, share, num_shares, slot, first, end = locate_share(
+        tl.program_id(0) // results, group_offsets_ptr, num_rows, num_experts, share_rows, GROUPED, BLOCK_M, BLOCK_E
+    )
+    if expert >= num_experts:
+        return
     rank = tl.load(ranks_ptr + expert)
     if first_slot >= rank:
         return
-    first, end = 0, num_rows
-    if GROUPED:
-        first = tl.load(group_offsets_ptr + expert)
-        end = tl.load(group_offsets_ptr + expert + 1)
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(end - first, SPLITS), BLOCK_M) * BLOCK_M
-        first += split * share
-        end = tl.minimum(end, first + share)
     offs_r = first_slot + tl.arange(0, BLOCK_R)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = gram_tile(
         u_ptr, y_ptr, row_index_ptr, None, None, first, end, offs_r, offs_n, num_cols, stride_ym,
         WIDTH, HAS_INDEX, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
-    if SPLITS > 1:
-        rows = (expert * SPLITS + split).to(tl.int64) * WIDTH + offs_r
-        store_gram(d_ptr, acc, gate_ptr, rows, offs_r, rank, offs_n, num_cols, 1.0, False)
-    else:
-        rows = pool_rows(components_ptr, expert, offs_r, rank, max_rank, HAS_TABLE)
-        store_gram(d_ptr, acc, gate_ptr, rows, offs_r, rank, offs_n, num_cols, scaling, HAS_GATE)
+    result = slot.to(tl.int64) * results + tl.program_id(0) % results
+    acc, has_sum = sum_shares(acc, partial_ptr, counters_ptr, result, results, share, num_shares, SIZE, IS_HIP)
+    rows = pool_rows(components_ptr, expert, offs_r, rank, max_rank, HAS_TABLE)
+    live = tl.where(has_sum, rank, 0)
+    store_gram(d_ptr, acc, gate_ptr, rows, offs_r, live, offs_n, num_cols, scaling, HAS_GATE)
 
 
-def row_splits(num_rows: int, num_experts: int, programs: int, block_m: int) -> int:
-    """Shares that an expert's rows are cut into: enough to fill the machine, each of four row blocks or more."""
-    return max(1, min(_TARGET_PROGRAMS // max(programs, 1), num_rows // (num_experts * 4 * block_m)))
+def rows_of_a_share(num_rows: int, results: int, grouped: bool, block_m: int) -> int:
+    """As few as give all programs a share where one expert has all rows, each of ``results`` results."""
+    programs = _PROGRAMS_OF_EXPERTS if grouped else _PROGRAMS
+    return min(max(_LEAST_BLOCKS * block_m, num_rows * results // programs), num_rows)
+
+
+def launch_gram(
+    u: Tensor,
+    y: Tensor,
+    ranks: Tensor,
+    pool_size: int,
+    scaling: float,
+    dtype: torch.dtype,
+    gate: Tensor | None = None,
+    components: Tensor | None = None,
+    group_offsets: Tensor | None = None,
+    row_index: Tensor | None = None,
+) -> Tensor:
+    """``gram`` itself, for launchers that take it as a part."""
+    u, y = u.contiguous(), row_major(y)
+    num_rows, num_cols, num_experts, width = u.shape[0], y.shape[1], ranks.shape[0], u.shape[1]
+    tile = _configs.tile_for("gram", width, y.dtype, num_rows // num_experts, num_cols)
+    d = torch.zeros(pool_size, num_cols, dtype=dtype, device=y.device)
+    if num_rows == 0 or d.numel() == 0:
+        return d
+    results = triton.cdiv(num_cols, tile.block_n) * (width // tile.block_r)
+    share_rows = rows_of_a_share(num_rows, results, group_offsets is not None, tile.block_m)
+    slots = num_rows // share_rows
+    shares = max(slots, 1) if group_offsets is None else slots + num_experts
+    counters = u.new_zeros((slots if slots > 1 else 0) * results, dtype=torch.int32)
+    gram_kernel[(shares * results,)](
+        u,
+        y,
+        d,
+        u.new_empty(counters.numel() * tile.block_n * tile.block_r, dtype=torch.float32),
+        counters,
+        gate,
+        ranks,
+        components,
+        group_offsets,
+        row_index,
+        num_rows,
+        num_cols,
+        num_experts,
+        0 if components is None else components.shape[1],
+        share_rows,
+        y.stride(0),
+        scaling,
+        WIDTH=width,
+        HAS_GATE=gate is not None,
+        HAS_TABLE=components is not None,
+        GROUPED=group_offsets is not None,
+        HAS_INDEX=row_index is not None,
+        PRECISION=dot_precision(y.dtype),
+        IS_HIP=_configs.backend() == "hip",
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_R=tile.block_r,
+        **tile.launch_options(),
+    )
+    return d
 
 
 @torch.library.custom_op("lrlora_triton::gram", mutates_args=())
@@ -171,44 +236,7 @@ def gram(
 
     ``row_index`` ``[L]`` gathers rows of y; without it L is M.
     """
-    u, y = u.contiguous(), row_major(y)
-    num_rows, num_cols, num_experts, width = u.shape[0], y.shape[1], ranks.shape[0], u.shape[1]
-    tile = tile_for("gram", width, y.dtype, num_rows // num_experts, num_cols)
-    d = torch.zeros(pool_size, num_cols, dtype=dtype, device=y.device)
-    columns, pairs = triton.cdiv(num_cols, tile.block_n), num_experts * (width // tile.block_r)
-    splits = row_splits(num_rows, num_experts, columns * pairs, tile.block_m)
-    if num_rows == 0 or d.numel() == 0:
-        return d
-    out = d if splits == 1 else u.new_empty(num_experts * splits, width, num_cols, dtype=torch.float32)
-    gram_kernel[(columns, pairs, splits)](
-        u,
-        y,
-        out,
-        gate,
-        ranks,
-        components,
-        group_offsets,
-        row_index,
-        num_rows,
-        num_cols,
-        0 if components is None else components.shape[1],
-        y.stride(0),
-        scaling,
-        WIDTH=width,
-        SPLITS=splits,
-        HAS_GATE=gate is not None,
-        HAS_TABLE=components is not None,
-        GROUPED=group_offsets is not None,
-        HAS_INDEX=row_index is not None,
-        PRECISION=dot_precision(y.dtype),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_R=tile.block_r,
-        **tile.launch_options(),
-    )
-    if splits > 1:
-        reduce_slabs(out, d, ranks, scaling, gate, components, group_offsets, splits=splits)
-    return d
+    return launch_gram(u, y, ranks, pool_size, scaling, dtype, gate, components, group_offsets, row_index)
 
 
 @gram.register_fake

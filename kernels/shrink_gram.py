@@ -13,7 +13,7 @@ from torch import Tensor
 from lrlora_ops.kernels._configs import tile_for
 from lrlora_ops.kernels._reduce import reduce_slabs
 from lrlora_ops.kernels._tiles import dot_precision, locate_tile, pool_rows, row_major, row_tiles, source_rows
-from lrlora_ops.kernels.gram import gram
+from lrlora_ops.kernels.gram import launch_gram
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -140,7 +140,8 @@ def shrink_gram(
         )
     reduce_slabs(c_partial, c[:, None], ranks, scaling, None, components, group_offsets, block_m=tile.block_m)
     if not fused:
-        return v, gram(u, dy, ranks, b.shape[0], scaling, b.dtype, gate, components, group_offsets, row_index), c
+        d_b = launch_gram(u, dy, ranks, b.shape[0], scaling, b.dtype, gate, components, group_offsets, row_index)
+        return v, d_b, c
     d_b = b.new_zeros(b.shape)
     reduce_slabs(d_partial, d_b, ranks, scaling, gate, components, group_offsets, block_m=tile.block_m)
     return v, d_b, c

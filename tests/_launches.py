@@ -6,7 +6,7 @@ of a Triton kernel as one. It needs no GPU: the kernels run interpreted, on CPU 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -94,3 +94,26 @@ def counted_launches() -> Iterator[list[str]]:
     finally:
         for patch in patches:
             patch.stop()
+
+
+def captured(step: Callable[[], list[torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    """The step as a CUDA graph, and what each replay writes anew.
+
+    Raises:
+        RuntimeError: The step waits for the GPU, or cannot be captured.
+    """
+    stream = torch.cuda.Stream()  # capture wants a warm-up on another stream
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results

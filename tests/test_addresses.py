@@ -95,19 +95,18 @@ def test_expand():
     assert torch.equal(out_rows.float(), expected)
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-def test_gram(splits):
+@pytest.mark.parametrize("shares", [1, 2])
+def test_gram(shares):
     (u, u_rows), (y, y_rows) = far_u(), far(whole_numbers(ROWS, COLUMNS))
     d, d_rows = far(torch.full((RANK, COLUMNS), torch.nan, dtype=torch.float16))
-    partial = torch.full((splits, WIDTH, COLUMNS), torch.nan)
-    gram_module.gram_kernel[(2, 1, splits)](
-        u_ptr=u, y_ptr=y, d_ptr=d if splits == 1 else partial, gate_ptr=None, row_index_ptr=None, stride_ym=COLUMNS,
-        scaling=2.0, SPLITS=splits, HAS_GATE=False, HAS_INDEX=False, PRECISION="ieee", BLOCK_N=16,
-        **SIZES, **table(), **{name: size for name, size in BLOCKS.items() if name != "BLOCK_E"},
+    partial, counters = torch.full((shares, 2, 16 * 16), torch.nan), torch.zeros(shares, 2, dtype=torch.int32)
+    gram_module.gram_kernel[(2 * shares,)](
+        u_ptr=u, y_ptr=y, d_ptr=d, partial_ptr=partial, counters_ptr=counters, gate_ptr=None, row_index_ptr=None,
+        num_experts=1, share_rows=ROWS // shares, stride_ym=COLUMNS, scaling=2.0, HAS_GATE=False, HAS_INDEX=False,
+        PRECISION="ieee", IS_HIP=False, BLOCK_N=16, **SIZES, **table(), **BLOCKS,
     )  # fmt: skip
-    expected = u_rows[:, :RANK].float().t() @ y_rows.float()
-    got = owned(d_rows) / 2 if splits == 1 else partial.sum(0)[:RANK]
-    assert torch.equal(got, expected)
+    assert torch.equal(owned(d_rows), 2 * u_rows[:, :RANK].float().t() @ y_rows.float())
+    assert counters.sum() == (2 * shares if shares > 1 else 0)
 
 
 def test_shrink_gram():
@@ -137,7 +136,7 @@ def test_reduce():
     }
     reduce_module.reduce_kernel[(2 * WIDTH, 2)](
         partial_ptr=partial, d_ptr=d, gate_ptr=None, num_slabs=slabs + 2, num_cols=COLUMNS, num_experts=2,
-        scaling=2.0, SPLITS=0, HAS_GATE=False, BLOCK_E=2, BLOCK_M=1, BLOCK_N=16, BLOCK_S=4, **arguments,
+        scaling=2.0, HAS_GATE=False, BLOCK_E=2, BLOCK_M=1, BLOCK_N=16, BLOCK_S=4, **arguments,
     )  # fmt: skip
     assert torch.equal(owned(d_rows), 2 * partial_rows.sum(0).view(WIDTH, COLUMNS)[:RANK])
 

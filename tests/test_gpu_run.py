@@ -74,6 +74,36 @@ def test_a_command_that_overruns_is_stopped_with_its_lines_kept():
     assert lines == ["first", "1"]
 
 
+def test_a_file_that_cannot_be_imported_stops_nothing_else(monkeypatch, tmp_path):
+    """Its error is a failure, as pytest prints it, and the tests of the other files run."""
+
+    def run(command, seconds, read):
+        assert "--continue-on-collection-errors" in command
+        assert "tests/test_primitives_gpu.py" in command
+        for line in (
+            "collected 3 items / 1 error",
+            "tests/test_a.py::test_x PASSED [ 50%]",
+            "ERROR tests/test_b.py - x",
+        ):
+            read(line)
+        return 1
+
+    monkeypatch.setattr(gpu, "run", run)
+    this = gpu.Run(tmp_path / "r.json", 5.0, [], 1)
+    this.parity()
+    parity = Results(tmp_path / "r.json", resume=True).content["parity"]
+    assert (parity["passed"], parity["exit_code"]) == (1, 1)
+
+
+def test_what_a_run_needs_is_named_before_it_starts(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu, "_NEEDED", ("pytest", "no_such_module"))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "-m pip install no-such-module" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_suite_goes_on_after_a_lost_context(monkeypatch, tmp_path):
     codes, commands = [race.CONTEXT_LOST, race.CONTEXT_LOST, 1], []
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrlora_ops import Routing
-from tests._launches import HostSyncError, counted_launches
+from tests._launches import HostSyncError, captured, counted_launches
 from tests.test_moe_lora_mlp import CASES, DEVICE, LEAVES, Case, Layer, make_layer, run
 
 FORWARD = [
@@ -111,20 +111,7 @@ def test_graph_follows_the_ranks_and_the_routing():
         y = run(layer, layer.leaves, backend="triton", demand=demand)
         return [y, *torch.autograd.grad(y, inputs, layer.dy)]
 
-    stream = torch.cuda.Stream()  # capture wants a warm-up on another stream
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, results = captured(step)
     previous: list[Tensor] = []
     for ranks in ([3, 0, 6, 2], [4, 1, 6, 3], [6, 1, 0, 6], [0, 0, 0, 0]):
         with torch.no_grad():
@@ -132,7 +119,7 @@ def test_graph_follows_the_ranks_and_the_routing():
         layer.index.copy_(torch.rand(300, 4, device="cuda").topk(layer.index.shape[1]).indices)
         graph.replay()
         torch.cuda.synchronize()
-        replayed = [t.clone() for t in captured]
+        replayed = [t.clone() for t in results]
         for name, one, other in zip(("y", *LEAVES, "demand"), replayed, step(), strict=True):
             assert torch.equal(one, other), name
         assert not previous or not torch.equal(replayed[0], previous[0])

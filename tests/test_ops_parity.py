@@ -27,7 +27,10 @@ Leaves = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Size:
-    """Rows or tokens, features in and out (or hidden and intermediate), experts (0: dense), top_k, capacity."""
+    """Rows or tokens, features in and out (or hidden and intermediate), experts (0: dense), top_k, capacity.
+
+    ``hot`` sends every token to one expert.
+    """
 
     rows: int
     k: int
@@ -35,6 +38,7 @@ class Size:
     experts: int = 0
     top_k: int = 1
     capacity: int = 16
+    hot: bool = False
 
 
 @dataclass
@@ -158,7 +162,13 @@ def grouped(make: Maker, transposed: bool) -> Problem:
     return Problem({"x": x, "A": a, "B": b, "gate": gate}, op, plain)
 
 
-def moe(make: Maker, module: bool) -> Problem:
+def glu(rows: Tensor) -> Tensor:
+    """What "silu" names."""
+    left, right = rows.chunk(2, -1)
+    return F.silu(left) * right
+
+
+def moe(make: Maker, module: bool = False, activation: Callable[[Tensor], Tensor] | str = glu) -> Problem:
     """``moe_lora_mlp``, or transformers' experts with the adapter of this library; a token in 16 has lost an expert."""
     size, table = make.size, make.table()
     hidden, inner, experts = size.k, size.n, size.experts
@@ -169,17 +179,14 @@ def moe(make: Maker, module: bool) -> Problem:
         pool = make.factors(table.pool_size, owned(table), weight.shape[2], weight.shape[1])
         leaves |= {f"{name}.{part}": value for part, value in zip(("A", "B", "gate"), pool, strict=True)}
     scores = torch.rand(size.rows, experts, generator=make.generator, device=make.device)
+    scores[:, 3] += 2.0 * size.hot  # its rank is the capacity
     index = scores.topk(size.top_k).indices
     if not module:
         index[::16, 0] = experts
 
-    def glu(rows: Tensor) -> Tensor:
-        left, right = rows.chunk(2, -1)
-        return F.silu(left) * right
-
     def op(t: Leaves) -> Tensor:
         up, down = (ExpertLinear(weights[name], t[f"{name}.A"], t[f"{name}.B"], t[f"{name}.gate"]) for name in weights)
-        options: dict[str, Any] = {"activation": glu, "scaling": SCALING, "backend": make.backend}
+        options: dict[str, Any] = {"activation": activation, "scaling": SCALING, "backend": make.backend}
         return moe_lora_mlp(t["x"], index, t["route"], up, down, table, **options)
 
     def plain(t: Leaves) -> Tensor:
@@ -271,12 +278,21 @@ OPS: dict[str, tuple[Callable[[Maker], Problem], Size, dict[str, Size]]] = {
         {"gpt-oss down": Size(16384, 2880, 2880, experts=32)},
     ),
     "moe_lora_mlp": (
-        lambda make: moe(make, module=False),
+        moe,
         Size(133, 40, 36, experts=5, top_k=2),
         {
             "OLMoE": Size(4096, 2048, 1024, experts=64, top_k=8),
             "Qwen3": Size(4096, 2048, 768, experts=128, top_k=8, capacity=64),
             "Mixtral": Size(2048, 4096, 14336, experts=8, top_k=2),
+        },
+    ),
+    "moe_lora_mlp, silu by name": (
+        lambda make: moe(make, activation="silu"),
+        Size(133, 40, 36, experts=5, top_k=2, hot=True),
+        {
+            "OLMoE, a hot expert": Size(4096, 2048, 1024, experts=64, top_k=8, hot=True),
+            "Qwen3": Size(4096, 2048, 768, experts=128, top_k=8, capacity=64),
+            "Mixtral": Size(2048, 4096, 14336, experts=8, top_k=2, capacity=128),
         },
     ),
     "VariableRankLoRAExperts": (

@@ -172,20 +172,29 @@ def test_both_plans_of_shrink_gram(name, fused, monkeypatch):
     check_shrink_gram(ops, inputs, True, torch.float16)
 
 
-@pytest.mark.parametrize("splits", [2, 5])  # of 65 rows: two unequal shares, and shares without a row
-@pytest.mark.parametrize("name", ["no tile divides", "second rank tile partly live", "ragged", "dense gather"])
-def test_gram_splits(name, splits, monkeypatch):
-    """The launcher splits the rows of few experts over programs; the sum must not depend on how many."""
-    monkeypatch.setattr(triton_gram, "row_splits", lambda *_: splits)
-    ops, inputs = setup(CASES[name], "triton", torch.float16)
+SHARED = {
+    **{name: CASES[name] for name in ("no tile divides", "second rank tile partly live", "ragged", "dense gather")},
+    "long experts": Case((3, 0, 2, 5), 5, 420, 150, 24, group_sizes=(130, 3, 7, 270), gather=True),
+}
+
+
+@pytest.mark.parametrize("rows", [32, 13])  # of 65: two unequal shares, and shares without a row
+@pytest.mark.parametrize("case", SHARED.values(), ids=SHARED.keys())
+def test_gram_of_shares(case, rows, monkeypatch):
+    """The launcher shares long sums out over programs; they must not depend on how many."""
+    monkeypatch.setattr(triton_gram, "rows_of_a_share", lambda *_: rows)
+    ops, inputs = setup(case, "triton", torch.float16)
     check_gram(ops, inputs, True, torch.float16)
 
 
-def test_row_splits_fill_the_machine_with_shares_worth_a_program():
-    assert triton_gram.row_splits(0, 1, 0, 64) == 1
-    assert triton_gram.row_splits(100, 1, 1, 64) == 1
-    assert triton_gram.row_splits(8192, 1, 32, 64) == 8  # 256 programs
-    assert triton_gram.row_splits(8192, 64, 4 * 64, 64) == 1  # no expert has enough rows
+def test_shares_fill_the_machine_and_are_worth_a_program():
+    rows = triton_gram.rows_of_a_share
+    assert rows(8192, 32, False, 64) == 1024  # 8 shares of 32 results: 256 programs
+    assert 8191 // rows(8191, 32, False, 64) == 8
+    assert rows(1000, 1, False, 64) == 256
+    assert rows(100, 1, False, 64) == 100  # too few to be cut
+    assert rows(65536, 16, True, 64) == 1024  # a hot expert of 8192 rows: 8 shares
+    assert rows(2**20, 512, False, 64) == 2**20  # the columns alone fill the machine
 
 
 @pytest.mark.parametrize("name", ["no tile divides", "ragged"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from itertools import accumulate
 
 import pytest
@@ -18,7 +19,9 @@ from tests.test_moe_lora_mlp import CASES as LAYERS
 from tests.test_moe_lora_mlp import DEVICE as DEVICES
 from tests.test_moe_lora_mlp import make_layer, run
 
-gradients_module = importlib.import_module("lrlora_ops.kernels.adapter_gradients")
+gradients_module, gram_module = (
+    importlib.import_module(f"lrlora_ops.kernels.{name}") for name in ("adapter_gradients", "gram")
+)
 configs = importlib.import_module("lrlora_ops.kernels._configs")
 locate_share = importlib.import_module("lrlora_ops.kernels._shares").locate_share
 ROWS = 32
@@ -40,6 +43,7 @@ telling_case = pytest.mark.parametrize("case", [CASES["a hot expert"], CASES["tw
 @pytest.fixture(autouse=True)
 def short_shares(monkeypatch):
     monkeypatch.setattr(gradients_module, "_LEAST_ROWS", ROWS)
+    monkeypatch.setattr(gram_module, "rows_of_a_share", lambda *_: ROWS)
 
 
 def operands(case: tuple, dtype: torch.dtype) -> tuple[Inputs, Tensor, Tensor]:
@@ -65,13 +69,29 @@ def test_parity(case, dtype):
         assert not result[inputs.dead].any()
 
 
+def gram(inputs: Inputs, u: Tensor, grouped: bool) -> Tensor:
+    ranks, components, offsets = inputs.owners
+    arguments = (len(inputs.a), SCALING, torch.float32, inputs.gate.nan_to_num())
+    if grouped:
+        return gram_module.gram(u, inputs.dh, ranks, *arguments, components, offsets)
+    return gram_module.gram(u, inputs.dh.nan_to_num(), ranks[:1], *arguments)
+
+
+SUMS = {
+    "adapter_gradients": lambda inputs, u, v: gradients(inputs, u, v, True, True),
+    "gram": lambda inputs, u, v: gram(inputs, u, True),
+    "gram, dense": lambda inputs, u, v: gram(inputs, u, False),
+}
+
+
 @telling_case
-def test_the_order_of_arrival_does_not_matter(case, monkeypatch):
+@pytest.mark.parametrize("sums", SUMS.values(), ids=SUMS.keys())
+def test_the_order_of_arrival_does_not_matter(sums, case, monkeypatch):
     """Programs run backwards give the same bits: the first share's is then the one that adds up."""
     if torch.cuda.is_available():
         pytest.skip("a GPU's order cannot be chosen")
     inputs, u, v = operands(case, torch.float32)
-    results = [list(bits(gradients(inputs, u, v, True, True)))]
+    results = [list(bits(sums(inputs, u, v)))]
     builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
     forwards, visited = builder.set_grid_idx, []
 
@@ -80,15 +100,16 @@ def test_the_order_of_arrival_does_not_matter(case, monkeypatch):
         forwards(builder.grid_dim[0] - 1 - x, y, z)
 
     monkeypatch.setattr(builder, "set_grid_idx", backwards)
-    results.append(list(bits(gradients(inputs, u, v, True, True))))
+    results.append(list(bits(sums(inputs, u, v))))
     assert visited
     assert results[0] == results[1]
 
 
 @pytest.mark.gpu
-def test_equal_runs():
+@pytest.mark.parametrize("sums", SUMS.values(), ids=SUMS.keys())
+def test_equal_runs(sums):
     inputs, u, v = operands(CASES["a hot expert"], torch.float32)
-    results = [list(bits(gradients(inputs, u, v, True, True))) for _ in range(20)]
+    results = [list(bits(sums(inputs, u, v))) for _ in range(20)]
     assert all(one == results[0] for one in results)
 
 
@@ -125,28 +146,46 @@ def test_counters_bound_the_shares(case, num_counters):
 
 
 @triton.jit
-def located(found_ptr, group_offsets_ptr, num_experts, share_rows, BLOCK_E: tl.constexpr):
-    found = locate_share(tl.program_id(0), group_offsets_ptr, num_experts, share_rows, BLOCK_E)
-    for index in tl.static_range(4):
-        tl.store(found_ptr + tl.program_id(0) * 4 + index, found[index])
+def located(
+    found_ptr, group_offsets_ptr, num_rows, num_experts, share_rows, GROUPED: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    found = locate_share(tl.program_id(0), group_offsets_ptr, num_rows, num_experts, share_rows, GROUPED, 8, BLOCK_E)
+    for index in tl.static_range(6):
+        tl.store(found_ptr + tl.program_id(0) * 6 + index, found[index])
+
+
+def shares_of(expert: int, first: int, size: int, share_rows: int, slot: int) -> list[list[int]]:
+    """As ``locate_share`` finds them, in whole blocks of 8 rows."""
+    shares = max(size // share_rows, 1)
+    rows = math.ceil(math.ceil(size / shares) / 8) * 8
+    starts = [first + share * rows for share in range(shares)]
+    return [[expert, n, shares, slot, start, min(start + rows, first + size)] for n, start in enumerate(starts)]
 
 
 @pytest.mark.parametrize("sizes", [(7, 0, 75, 5), (0, 0), (16,) * 4, (3, 5, 60, 0, 0, 8, 9)])
 @pytest.mark.parametrize("share_rows", [4, 16, 100])
 def test_every_share_is_located(sizes, share_rows):
     """Each once, in order, then none; slots are dense where an expert has several."""
-    offsets = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=DEVICE)
+    bounds = [0, *accumulate(sizes)]
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     most = sum(sizes) // share_rows + len(sizes)
-    found = torch.full((most, 4), -1, dtype=torch.int32, device=DEVICE)
-    located[(most,)](found, offsets, len(sizes), share_rows, BLOCK_E=1 << (len(sizes) - 1).bit_length())
+    found = torch.full((most, 6), -1, dtype=torch.int32, device=DEVICE)
+    located[(most,)](found, offsets, sum(sizes), len(sizes), share_rows, True, 1 << (len(sizes) - 1).bit_length())
     expected, slot = [], 0
     for expert, size in enumerate(sizes):
-        shares = max(size // share_rows, 1)
-        expected += [[expert, share, shares, slot] for share in range(shares)]
+        expected += shares_of(expert, bounds[expert], size, share_rows, slot)
         slot += size // share_rows
     assert found[: len(expected)].tolist() == expected
     assert (found[len(expected) :, 0] >= len(sizes)).all()
     assert slot <= sum(sizes) // share_rows
+
+
+@pytest.mark.parametrize(("rows", "share_rows"), [(75, 16), (75, 76), (1, 4)])
+def test_every_share_of_a_dense_layer_is_located(rows, share_rows):
+    expected = shares_of(0, 0, rows, share_rows, 0)
+    found = torch.full((len(expected), 6), -1, dtype=torch.int32, device=DEVICE)
+    located[(len(expected),)](found, None, rows, 1, share_rows, False, 1)
+    assert found.tolist() == expected
 
 
 def test_a_layer_twice(monkeypatch):

@@ -1,4 +1,4 @@
-"""The launches of whole MoE layers, without a GPU or memory: the ops run on meta tensors, and no kernel runs.
+"""The launches of whole layers, without a GPU or memory: the ops run on meta tensors, and no kernel runs.
 
 The ops and the launchers decide arguments and grids, so what is counted here cannot drift from the code.
 """
@@ -16,9 +16,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from benchmarks.floors import Cost, launch_cost
-from benchmarks.shapes import ExpertsShape
-from lrlora_ops import ExpertLinear, RankTable, moe_lora_mlp
-from lrlora_ops.ops import _backends, _gated_mlp
+from benchmarks.shapes import ExpertsShape, ProjectionShape, Shape
+from lrlora_ops import ExpertLinear, RankTable, grouped_lora_linear, lora_linear, moe_lora_mlp
+from lrlora_ops.ops import _backends
 
 # Every launch of a Triton kernel passes through their ``run``.
 KERNEL_CLASSES = (JITFunction, InterpretedFunction)
@@ -47,10 +47,10 @@ def recorded_launches() -> Iterator[list[Launched]]:
         arguments = {name: named[name] for name in kernel.arg_names}
         launched.append(Launched(kernel.__name__, tuple(grid), arguments))
 
-    functions = _backends._FUNCTIONS["triton"]
     patches = [mock.patch.object(kind, "run", record) for kind in KERNEL_CLASSES]
     patches.append(mock.patch.object(_backends, "_require_triton", lambda device: None))
-    patches += [mock.patch.object(module, "primitives", lambda *_: functions) for module in (_backends, _gated_mlp)]
+    # Tensors without values are traced elsewhere, by the fakes of the launchers.
+    patches.append(mock.patch.dict(_backends._PRIMITIVES, triton=_backends._FUNCTIONS["triton"]))
     for patch in patches:
         patch.start()
     try:
@@ -78,6 +78,26 @@ def layer_launches(
         y = moe_lora_mlp(x, index, weights, up, down, table, activation="silu", demand=table.demand, backend="triton")
     with recorded_launches() as backward:
         torch.autograd.grad(y, inputs, torch.empty_like(y))
+    return forward, backward
+
+
+def linear_launches(shape: Shape | ProjectionShape, rank: int) -> tuple[list[Launched], list[Launched]]:
+    """Of forward and of backward of one linear layer, or of one projection of experts of one rank; all in bf16."""
+    experts = shape.num_experts if isinstance(shape, ProjectionShape) else 1
+    rows = shape.rows if isinstance(shape, ProjectionShape) else shape.M
+    with torch.device("meta"):
+        linear = _projection(experts, experts * rank, (shape.K, shape.N), torch.bfloat16, torch.bfloat16)
+        x = torch.empty(rows, shape.K, dtype=torch.bfloat16, requires_grad=True)
+        table, offsets = RankTable(experts, rank, experts * rank), torch.empty(experts + 1, dtype=torch.int32)
+    options: dict[str, Any] = {"gate": linear.gate, "backend": "triton"}
+    with recorded_launches() as forward:
+        if isinstance(shape, ProjectionShape):
+            adapter = (linear.lora_A, linear.lora_B, offsets, table)
+            y = grouped_lora_linear(x, *adapter, weight=linear.weight, **options)
+        else:
+            y = lora_linear(x, linear.lora_A, linear.lora_B, weight=linear.weight[0], **options)
+    with recorded_launches() as backward:
+        torch.autograd.grad(y, [x, linear.lora_A, linear.lora_B, linear.gate], torch.empty_like(y))
     return forward, backward
 
 
