@@ -164,7 +164,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_a_paper_has_one_number():
-    """Nothing outside can be asked here: a link leads where its text says, and nobody has other papers than methods.md."""
+    """Nothing outside can be asked here: a link leads where its text says, and methods.md has all papers."""
     sources = [path.read_text() for folder in ("lrlora_ops", "kernels") for path in (ROOT / folder).rglob("*.py")]
     pages = {name: path.read_text() for name, path in PAGES.items()}
     numbers = {name: set(re.findall(r"\d{4}\.\d{5}", text)) for name, text in pages.items()}

@@ -7,8 +7,8 @@ import re
 from lrlora_ops.plan import Gpu
 
 # Bytes per second, bf16 FLOP per second with fp32 sums. Most makers' figures are with sparsity, twice the dense ones
-# here. A device is the first one whose name is in its own as whole words: an "L40" is no "L4". Where units and their
-# clock are given, the FLOPs are their product: 4096 in a clock of Hopper's multiprocessors, 1024 of A10's and of CDNA2's
+# here. A device is the first one whose name is in its own as whole words: an "L40" is no "L4". Where units and a clock
+# are given, the FLOPs are their product: 4096 in a clock of Hopper's multiprocessors, 1024 of A10's and of CDNA2's
 # compute units, 512 of GeForce's Ampere and of A10G's, whose fp32 sums go at half the rate.
 GPUS = {
     # NVIDIA Blackwell datasheet of GB200 NVL72 and HGX B200, per GPU: 8 TB/s and 5 PFLOPS, 7.7 TB/s and 4.5 PFLOPS.
