@@ -112,12 +112,16 @@ def test_a_resumed_run_goes_on_in_its_history(trained, tmp_path):
     assert rest.tokens_per_second == pytest.approx((STEPS - 4) * 60 / rest.seconds)
 
 
-def short(path, case, steps, *, history=True, scale=None):
-    """A run without clipping; its trainer and adapters. ``scale`` is as fp16 has it, from accelerate."""
+def short(path, case, steps, *, history=True, scale=None, first=True):
+    """A run without clipping; its trainer and adapters. ``scale`` is as fp16 has it, from accelerate.
+
+    ``first``: whether it takes its process for the first of several.
+    """
     model, adapters = adapted(case)
     run = trainer(model, adapters, path, max_steps=steps, max_grad_norm=0)
     run.remove_callback(AdaptersCallback)
     run.add_callback(adapters.callback(history))
+    run.is_world_process_zero = lambda: first
     if scale:
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     run.train()
@@ -153,8 +157,9 @@ def test_the_loss_scale_is_no_part_of_what_is_recorded(learned, tmp_path):
     assert recorded[0] == recorded[1] and any(learned[-1]["sensitivity"])
 
 
-def test_without_a_history_nothing_is_written(tmp_path):
-    short(tmp_path, "fixed", 1, history=False)
+@pytest.mark.parametrize("how", [{"history": False}, {"first": False}])
+def test_who_shall_not_write_does_not(tmp_path, how):
+    short(tmp_path, "fixed", 1, **how)
     assert not list(tmp_path.glob("**/*.jsonl"))
 
 
