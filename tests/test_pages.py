@@ -169,7 +169,7 @@ def test_a_paper_has_one_number():
     pages = {name: path.read_text() for name, path in PAGES.items()}
     numbers = {name: set(re.findall(r"\d{4}\.\d{5}", text)) for name, text in pages.items()}
     for text in pages.values():
-        for said, target in re.findall(r"\[arXiv (\S+)\]\((\S+)\)", text):
+        for said, target in re.findall(r"\[arXiv (\S+)\]\((\S+?)\)", text):
             assert target == f"https://arxiv.org/abs/{said}"
     assert len(numbers["methods"]) == 3
     for found in (*numbers.values(), *(set(re.findall(r"arXiv:? ?(\d{4}\.\d{5})", text)) for text in sources)):
