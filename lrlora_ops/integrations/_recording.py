@@ -7,16 +7,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from lrlora_ops.adapters import Adapters
-
-if TYPE_CHECKING:
-    from lrlora_ops.finetune.history import History
 
 TEXT = "training data"  # what shares of routing are of
 
@@ -37,7 +34,7 @@ class Recorder:
         from lrlora_ops.finetune.history import History
 
         self.adapters, self.args = adapters, args
-        self._history: History | None = None
+        self._history: Any = None  # a History, as long as the disk takes it
         self._directory = Path(args.output_dir or ".")
         with self._writing():
             self._history = History(self._directory, adapters, state.max_steps, state.global_step)
