@@ -167,8 +167,8 @@ GROUPED = [
 def mlp(**changes):
     """moe_lora_mlp of 2 experts of rank 3, 4 tokens of 2 choices, H 4 and I 3."""
     frozen = torch.zeros(2, 6, 4), torch.zeros(2, 4, 3)
-    up = ExpertLinear(torch.zeros(6, 4), torch.zeros(6, 6), torch.ones(6), frozen[0])
-    down = ExpertLinear(torch.zeros(6, 3), torch.zeros(6, 4), torch.ones(6), frozen[1])
+    up = ExpertLinear(frozen[0], torch.zeros(6, 4), torch.zeros(6, 6), torch.ones(6))
+    down = ExpertLinear(frozen[1], torch.zeros(6, 3), torch.zeros(6, 4), torch.ones(6))
     given = {
         "x": torch.zeros(4, 4),
         "top_k_index": torch.zeros(4, 2, dtype=torch.int64),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Recorder:
         """Before a forward pass: what the run begins with is written before the first one."""
         if not self._begun:
             ids = inputs.get("input_ids")
-            self._begin(tuple(ids.shape) if isinstance(ids, Tensor) and ids.dim() == 2 else None)
+            self._begin(ids.shape if isinstance(ids, Tensor) and ids.dim() == 2 else None)
 
     def before_step(self, loss_scale: Tensor | None) -> None:
         """Right before ``Adapters.step``, which clears what backward has gathered and then moves the ranks."""
@@ -85,7 +85,7 @@ class Recorder:
                 gpu_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             )
 
-    def _begin(self, batch: tuple[int, int] | None) -> None:
+    def _begin(self, batch: Sequence[int] | None) -> None:
         from lrlora_ops.finetune.history import traced_layers
         from lrlora_ops.finetune.machine import describe
 
