@@ -4,11 +4,13 @@ One JSON: device name -> tables, each with versions, a hash of these kernels' so
 version or source is not used, for its times say nothing of the code that runs.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -86,33 +88,56 @@ def load(device: str, identity: Identity) -> dict[Key, Fields]:
 
 
 def save(device: str, identity: Identity, tiles: Mapping[Key, Fields]) -> None:
-    """Put a device's tiles into the file, at once or not at all.
+    """Put tiles of a device into the file, at once or not at all; those that are there for other keys stay.
 
-    Those of other devices stay, and of this one the last few of other versions or sources. A damaged file is replaced.
+    So do those of other devices, and of this one the last few of other versions or sources. What is damaged is
+    replaced. Several processes may save at once: each adds to what the others have, and a reader sees a whole file.
 
     Raises:
         OSError: The folder cannot be made or written to.
     """
-    try:
-        content = _read()
-    except UnusableTiles:
-        content = {}
-    names = ("kernel", "capacity", "itemsize", "rows", "features")
-    rows = [dict(zip(names, key, strict=True)) | {"tile": tile} for key, tile in sorted(tiles.items())]
-    others = content.get(device)
-    others = [table for table in others if not _is_of(table, identity)] if isinstance(others, list) else []
-    content[device] = [*others[1 - _MOST_TABLES :], asdict(identity) | {"tiles": rows}]
     target = path()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=target.stem, suffix=".tmp", delete=False) as file:
+    new = {"dir": target.parent, "prefix": target.stem, "suffix": ".tmp", "delete": False}
+    with _alone(target.with_suffix(".lock")), tempfile.NamedTemporaryFile("w", **new) as file:
         try:
-            json.dump(content, file, indent=1)
+            json.dump(_with(_read_usable(), device, identity, tiles), file, indent=1)
             file.flush()
             os.fsync(file.fileno())
             os.replace(file.name, target)
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time. The lock goes with the process that holds it, whatever that dies of; its file stays."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _with(content: dict[str, Any], device: str, identity: Identity, tiles: Mapping[Key, Fields]) -> dict[str, Any]:
+    """The content of the file with these tiles in it."""
+    tables = content.get(device)
+    tables = tables if isinstance(tables, list) else []
+    kept: dict[Key, Fields] = {}
+    for table in tables:
+        if _is_of(table, identity):
+            with suppress(KeyError, TypeError, ValueError):  # a damaged table has no tile worth keeping
+                kept = dict(map(_item, table["tiles"]))
+    names = ("kernel", "capacity", "itemsize", "rows", "features")
+    rows = [dict(zip(names, key, strict=True)) | {"tile": tile} for key, tile in sorted({**kept, **tiles}.items())]
+    others = [table for table in tables if not _is_of(table, identity)]
+    return content | {device: [*others[1 - _MOST_TABLES :], asdict(identity) | {"tiles": rows}]}
+
+
+def _read_usable() -> dict[str, Any]:
+    try:
+        return _read()
+    except UnusableTiles:
+        return {}
 
 
 def _is_of(table: Any, identity: Identity) -> bool:

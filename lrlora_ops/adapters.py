@@ -295,16 +295,20 @@ class Adapters:
         require_whole(self.model.parameters(), "an export")
         return export(self, directory, format)
 
-    def callback(self) -> Any:
+    def callback(self, history: bool = True) -> Any:
         """All that a Hugging Face Trainer, or TRL's, needs: it steps the methods, tells them the run's length, logs
         the ranks, and saves into and resumes from the trainer's checkpoints.
+
+        Args:
+            history: Whether to write ``history.jsonl``, which ``lrlora report`` draws, into the trainer's output
+                directory.
 
         Raises:
             ImportError: transformers is not installed.
         """
         from lrlora_ops.integrations.transformers import AdaptersCallback
 
-        return AdaptersCallback(self)
+        return AdaptersCallback(self, history)
 
 
 def _keep_rows(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rows: Tensor, held: int) -> None:

@@ -15,163 +15,16 @@ from lrlora_ops import (
     LearnedRank,
     RankTable,
     Routing,
+    SincLoRALinear,
+    SincUpdate,
     VariableRankLoRAGroupedLinear,
     VariableRankLoRALinear,
     apply_lora,
-    grouped_lora_linear,
     load_adapter,
-    lora_linear,
 )
 from lrlora_ops.doctor import examine
 from tests._models import IDS, Model
-
-INT32, DOUBLE = torch.int32, torch.float64
-FROZEN = torch.zeros(4, 5)
-TRAINED = torch.zeros(4, 5, requires_grad=True)
-FREEZE = r"freeze it with (weight|bias).requires_grad_\(False\), or .* pass it as base"
-RANGE = "it must be from 0 to 3, the rows of lora_A"
-MOVE = r"move one of them with .to\(\)"
-ONE_OF = "it must be one of .*float32"
-
-
-def linear(**changes):
-    """lora_linear with K 5, N 4 and 3 rows."""
-    good = {"x": torch.zeros(2, 5), "lora_A": torch.zeros(3, 5), "lora_B": torch.zeros(3, 4)}
-    return lora_linear(**good | changes)
-
-
-LINEAR = [
-    (
-        lambda: linear(x=torch.zeros(2, 6)),
-        r"x has shape \(2, 6\) and lora_A \(3, 5\)",
-        "must be equal.*one row a component",
-    ),
-    (lambda: linear(x=torch.zeros(())), r"x has shape \(\) and lora_A", "must be equal"),
-    (lambda: linear(x=torch.zeros(2, 5, dtype=torch.int64)), "x is torch.int64", ONE_OF),
-    (lambda: linear(lora_A=torch.zeros(3, 5, dtype=torch.float8_e4m3fn)), "lora_A is torch.float8_e4m3fn", ONE_OF),
-    (lambda: linear(lora_B=torch.zeros(3, 4, dtype=torch.complex64)), "lora_B is torch.complex64", ONE_OF),
-    (lambda: linear(lora_A=torch.zeros(5)), r"lora_A has shape \(5,\)", r"it must be \[pool rows, features\]"),
-    (
-        lambda: linear(lora_B=torch.zeros(1, 3, 4)),
-        r"lora_B has shape \(1, 3, 4\)",
-        r"it must be \[pool rows, features\]",
-    ),
-    (lambda: linear(lora_B=torch.zeros(4, 3)), "lora_A has 3 rows and lora_B 4", "the transpose of PEFT's"),
-    (lambda: linear(gate=torch.ones(2)), r"gate has shape \(2,\)", r"it must be \(3,\)"),
-    (lambda: linear(gate=torch.ones(3, dtype=torch.bfloat16)), "gate is torch.bfloat16", r"use gate.float\(\)"),
-    (lambda: linear(rank=4), "rank is 4", RANGE),
-    (lambda: linear(rank=-1), "rank is -1", RANGE),
-    (lambda: linear(rank=2.0), "rank is 2.0", "it must be an integer, an int32 tensor of one element, or None"),
-    (
-        lambda: linear(rank=torch.tensor(2)),
-        r"rank is a torch.int64 tensor of shape \(\)",
-        "must hold one int32: torch.tensor",
-    ),
-    (
-        lambda: linear(rank=torch.tensor([2, 2], dtype=INT32)),
-        r"a torch.int32 tensor of shape \(2,\)",
-        "must hold one int32",
-    ),
-    (lambda: linear(rank=torch.tensor(4, dtype=INT32)), "rank is 4", RANGE),  # read where that is free
-    (lambda: linear(rank=torch.tensor([-1], dtype=INT32)), "rank is -1", RANGE),
-    (lambda: linear(rank=torch.tensor(1, dtype=INT32, device="meta")), "rank is on meta but x is on cpu", MOVE),
-    (lambda: linear(weight=torch.zeros(5, 4)), r"weight has shape \(5, 4\)", r"it must be \(4, 5\)"),
-    (
-        lambda: linear(weight=FROZEN.half()),
-        "weight is torch.float16 but x is torch.float32",
-        "cast one, or run under torch.auto",
-    ),
-    (lambda: linear(weight=TRAINED), "weight requires a gradient", FREEZE),
-    (lambda: linear(weight=FROZEN.to("meta")), "weight is on meta but x is on cpu", MOVE),
-    (lambda: linear(weight=FROZEN, bias=TRAINED[:, 0]), "bias requires a gradient", FREEZE),
-    (lambda: linear(weight=FROZEN, bias=torch.zeros(5)), r"bias has shape \(5,\)", r"it must be \(4,\)"),
-    (
-        lambda: linear(weight=FROZEN, bias=FROZEN[:, 0].double()),
-        "bias is torch.float64 but x is torch.float32",
-        "cast one",
-    ),
-    (lambda: linear(bias=torch.zeros(4)), "bias is given without weight", "add it to base instead"),
-    (
-        lambda: linear(weight=FROZEN, base=torch.zeros(2, 4)),
-        "both weight and base are given",
-        "give weight .*, or base",
-    ),
-    (lambda: linear(base=torch.zeros(4)), r"base has shape \(4,\)", r"it must be \(2, 4\)"),
-    (lambda: linear(base=torch.zeros(2, 4, dtype=torch.int8)), "base is torch.int8", ONE_OF),
-    (lambda: linear(base=torch.zeros(2, 4, device="meta")), "base is on meta but x is on cpu", MOVE),
-    (lambda: linear(gate=torch.ones(3, device="meta")), "gate is on meta but x is on cpu", MOVE),
-    (lambda: linear(dropout=1.0), "dropout is 1.0", "it must be at least 0 and below 1"),
-    (lambda: linear(dropout=-0.1), "dropout is -0.1", "it must be at least 0 and below 1"),
-    (lambda: linear(dropout=math.nan), "dropout is nan", "it must be at least 0 and below 1"),
-    (lambda: linear(backend="cuda"), "backend is 'cuda'", r"one of \('triton', 'eager', 'reference'\), or None"),
-    (
-        lambda: linear(backend="reference", dropout=0.5),
-        "backend 'reference' has no dropout",
-        "apply it to x of the update",
-    ),
-]
-
-
-def grouped(**changes):
-    """grouped_lora_linear with 2 experts of rank 3, 8 rows, K 4 and N 3."""
-    good = {
-        "x": torch.zeros(8, 4),
-        "lora_A": torch.zeros(6, 4),
-        "lora_B": torch.zeros(6, 3),
-        "group_offsets": torch.tensor([0, 3, 8], dtype=INT32),
-        "table": RankTable.uniform(2, 3),
-    }
-    return grouped_lora_linear(**good | changes)
-
-
-def offsets(*values, dtype=INT32):
-    return {"group_offsets": torch.tensor(values, dtype=dtype)}
-
-
-W = torch.zeros(2, 3, 4)
-GROUPED = [
-    (
-        lambda: grouped(x=torch.zeros(1, 8, 4)),
-        r"x has shape \(1, 8, 4\)",
-        r"it must be \[rows sorted by expert, in_features\]",
-    ),
-    (lambda: grouped(x=torch.zeros(8, 5)), r"x has shape \(8, 5\)", "last dimensions must be equal"),
-    (lambda: grouped(x=torch.zeros(8, 4, dtype=INT32)), "x is torch.int32", ONE_OF),
-    (
-        lambda: grouped(**offsets(0, 3, 8, dtype=torch.int64)),
-        "is torch.int64",
-        r"must be int32 \[3\].*Routing.from_topk",
-    ),
-    (lambda: grouped(**offsets(0, 8)), r"group_offsets is torch.int32 of shape \(2,\)", r"must be int32 \[3\]"),
-    (lambda: grouped(**offsets(1, 3, 8)), r"group_offsets is \[1, 3, 8\]", "it must start with 0"),
-    (lambda: grouped(**offsets(0, 9, 8)), r"group_offsets is \[0, 9, 8\]", "never decrease"),
-    (lambda: grouped(**offsets(0, 3, 9)), r"group_offsets is \[0, 3, 9\]", "end within the 8 rows of x"),
-    (
-        lambda: grouped(lora_A=torch.zeros(5, 4), lora_B=torch.zeros(5, 3)),
-        "has 5 rows, but the table hands out 6",
-        "equal",
-    ),
-    (lambda: grouped(lora_B=torch.zeros(5, 3)), "lora_A has 6 rows and lora_B 5", "both have one row per component"),
-    (lambda: grouped(gate=torch.ones(5)), r"gate has shape \(5,\)", r"it must be \(6,\)"),
-    (lambda: grouped(gate=torch.ones(6).half()), "gate is torch.float16", r"use gate.float\(\)"),
-    (lambda: grouped(ranks=torch.tensor([1, 2])), "ranks is torch.int64", r"it must be int32 \[2\]"),
-    (lambda: grouped(weight=W.mT), r"weight has shape \(2, 4, 3\)", r"it must be \(2, 3, 4\)"),
-    (lambda: grouped(weight=W, transposed=True), r"weight has shape \(2, 3, 4\)", r"it must be \(2, 4, 3\)"),
-    (lambda: grouped(weight=W.half()), "weight is torch.float16", "cast one, or run under torch.autocast"),
-    (lambda: grouped(weight=W.clone().requires_grad_()), "weight requires a gradient", FREEZE),
-    (lambda: grouped(weight=W, bias=torch.zeros(3)), r"bias has shape \(3,\)", r"it must be \(2, 3\)"),
-    (lambda: grouped(weight=W, bias=torch.zeros(2, 3, requires_grad=True)), "bias requires a gradient", FREEZE),
-    (lambda: grouped(bias=torch.zeros(2, 3)), "bias is given without weight", "add it to base instead"),
-    (lambda: grouped(weight=W, base=torch.zeros(8, 3)), "both weight and base are given", "give weight .*, or base"),
-    (lambda: grouped(base=torch.zeros(7, 3)), r"base has shape \(7, 3\)", r"it must be \(8, 3\)"),
-    (lambda: grouped(weight=W.to("meta")), "weight is on meta but x is on cpu", MOVE),
-    (lambda: grouped(backend="cuda"), "backend is 'cuda'", "it must be one of"),
-    (
-        lambda: grouped(x=torch.zeros(8, 4, dtype=DOUBLE), backend="triton"),
-        "x is torch.float64",
-        "use backend='eager' for fp64",
-    ),
-]
+from tests._op_errors import OPS
 
 
 def layer(**options):
@@ -184,6 +37,12 @@ def set_ranks(ranks):
 
 def topk(values, dtype=torch.int64):
     return Routing.from_topk(torch.tensor(values, dtype=dtype), 4)
+
+
+def hooked():
+    linear = nn.Linear(4, 4)
+    linear.register_forward_hook(lambda *_: None)
+    return linear
 
 
 CHOICES = r"it must be int32 or int64 \[tokens, top_k\]"
@@ -216,6 +75,18 @@ MODULES = [
         lambda: VariableRankLoRALinear.from_linear(layer()),
         "is a VariableRankLoRALinear already",
         "change that one, or merge it first",
+    ),
+    (lambda: SincLoRALinear(4, 4, num_coefficients=2), "num_coefficients is 2", "it must be odd and at least 1"),
+    (lambda: SincLoRALinear(4, 4, grid=0.0), "grid is 0.0", "it must be a finite number above 0"),
+    (
+        lambda: SincLoRALinear.from_linear(SincLoRALinear(4, 4)),
+        "is a SincLoRALinear already",
+        "change that one, or merge it first",
+    ),
+    (
+        lambda: SincLoRALinear.from_linear(hooked()),
+        "is a Linear that is no plain nn.Linear",
+        "load the layer unquantised, or adapt it by another method",
     ),
 ]
 
@@ -267,6 +138,10 @@ METHODS = [
         "raise the adapter's .* or",
     ),
     (lambda: DynamicRank(2, 4, 8).policy(tables(4, 8, 15)), "a pool of 15 rows for 4 experts", "with pool_rank=4"),
+    (lambda: SincUpdate(0), "rank is 0", ABOVE_0),
+    (lambda: SincUpdate(num_coefficients=4), "num_coefficients is 4", "it must be an odd number of at least 1"),
+    (lambda: SincUpdate(grid=-1.0), "grid is -1.0", "it must be a finite number above 0, or None"),
+    (lambda: SincUpdate(share="model"), "share is 'model'", "it must be one of .*'layer', 'type', 'global'"),
 ]
 
 
@@ -278,6 +153,12 @@ def merged():
     adapters = adapted()
     adapters.merge()
     return adapters
+
+
+def with_sinc(method=None, **options):
+    """A model with SincUpdate, whose adapters another call then is to adopt with the method, if there is one."""
+    model = apply_lora(Model(), SincUpdate(3, 5), "q_proj", **options).model
+    return model if method is None else apply_lora(model, method)
 
 
 def applied_twice():
@@ -333,6 +214,19 @@ MODELS = [
         "'k' matches no target",
         "remove it, or widen targets",
     ),
+    (lambda: with_sinc(dropout=0.1), "layers.0.q_proj: SincUpdate has no dropout", "leave it 0"),
+    (lambda: with_sinc(FixedRank(3)), "is a SincLoRALinear, which FixedRank cannot rule", "SincUpdate is for"),
+    (lambda: with_sinc(LearnedRank(2, 3)), "is a SincLoRALinear, which LearnedRank cannot rule", "SincUpdate is for"),
+    (
+        lambda: with_sinc(SincUpdate(4)),
+        r"has \(rank, num_coefficients\) \(3, 5\), but the method \(4, 9\)",
+        "make them equal",
+    ),
+    (
+        lambda: apply_lora(nn.Sequential(layer()), SincUpdate()),
+        "a VariableRankLoRALinear, which SincUpdate cannot rule",
+        "SincUpdate is for",
+    ),
     (applied_twice, "the model has adapters already: layers.0.q_proj", "in one call as a dict .*, or merge them first"),
     (
         lambda: adapted(LearnedRank(2, 4)).step(),
@@ -386,4 +280,4 @@ OTHER_ERRORS = {  # by what is said; all others are ValueErrors
     "still changes ranks": RuntimeError,
     "does not know the length": RuntimeError,
 }
-ROWS = [*LINEAR, *GROUPED, *MODULES, *METHODS, *MODELS]
+ROWS = [*OPS, *MODULES, *METHODS, *MODELS]

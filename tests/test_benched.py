@@ -76,31 +76,6 @@ def test_a_models_layers_and_shapes(model, monkeypatch):
     assert "axolotl: set LRLORA_AXOLOTL" in result.output
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (
-            ["--shape", "8,8"],
-            "--shape is '8,8'; it must be M,K,N: rows, inputs and outputs of a linear layer, all ab",
-        ),
-        (["--shape", "8,0,8"], "--shape is '8,0,8'; it must be"),
-        (["--experts", "1,2,3"], "--experts is '1,2,3'; it must be T,E,k,hidden,intermediate: tokens, experts"),
-        (["--experts", "8,2,3,4,4"], "3 experts of a token are more than 2"),
-        (["--rank", "8"], "--rank, --dtype and --device are for layers: name a MODEL, --shape or --experts"),
-        (["--shape", "8,8,8", "--rank", "0"], "--rank is 0; it must be at least 1"),
-        (["--shape", "8,8,8", "--tokens", "9"], "--tokens and --targets are for a MODEL"),
-        (["--shape", "8,8,8", "--tokens", "1"], "--tokens is 1; it must be at least 2"),
-        (["--shape", "8,8,8", "--table"], "--table does not go with layers"),
-        (["--shape", "8,8,8", "-x"], "-x, which goes to pytest, does not go with layers"),
-        (["here", "there"], "there, which goes to pytest, does not go with layers"),
-        (["nowhere"], "nowhere has no config.json"),
-        (["--shape", "8,8,8", "--device", "abacus"], "--device abacus is not usable here"),
-    ],
-)
-def test_what_cannot_be(words, message):
-    assert_one_line(run(*words), message)
-
-
 def test_an_installed_package_has_no_benchmarks(monkeypatch, tmp_path):
     monkeypatch.setattr(benched, "__file__", str(tmp_path / "site-packages" / "lrlora_ops" / "finetune" / "benched.py"))
     for words in (["--shape", "8,8,8"], ["--table"], []):

@@ -34,8 +34,9 @@ PARTS = {
     "_live": "eager",
     "_sinc": "eager",
 }  # modules that are one unit with another
-# Adapters.callback() and the like, and what only tensors on a GPU need, inside a function.
-UPWARD_ON_USE = {("adapters", "integrations"), ("routing", "ops")}
+# Adapters.callback() and the like, the record of a run that it leaves for the command line, and what only tensors on a
+# GPU need, inside a function.
+UPWARD_ON_USE = {("adapters", "integrations"), ("integrations", "finetune"), ("routing", "ops")}
 
 OPTIONAL = ["triton", "transformers", "tokenizers", "accelerate", "peft", "trl", "typer", "rich", "matplotlib"]
 OPTIONAL += ["bitsandbytes", "torchao", "jinja2", "pydantic", "yaml"]

@@ -161,3 +161,16 @@ def test_links_lead_somewhere(page):
         assert linked.exists(), target
         assert page.parent == ROOT or page.parent in linked.parents, f"{target} is not part of the site"
         assert not anchor or anchor in anchors(linked), target
+
+
+def test_a_paper_has_one_number():
+    """Nothing outside can be asked here: a link leads where its text says, and methods.md has all papers."""
+    sources = [path.read_text() for folder in ("lrlora_ops", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    pages = {name: path.read_text() for name, path in PAGES.items()}
+    numbers = {name: set(re.findall(r"\d{4}\.\d{5}", text)) for name, text in pages.items()}
+    for text in pages.values():
+        for said, target in re.findall(r"\[arXiv (\S+)\]\((\S+?)\)", text):
+            assert target == f"https://arxiv.org/abs/{said}"
+    assert len(numbers["methods"]) == 3
+    for found in (*numbers.values(), *(set(re.findall(r"arXiv:? ?(\d{4}\.\d{5})", text)) for text in sources)):
+        assert found <= numbers["methods"]

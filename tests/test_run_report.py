@@ -181,9 +181,15 @@ def test_report_writes_a_page_and_pictures(output, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["nowhere"], "nowhere is no directory: give one that lrlora finetune or lrlora demo wrote"),
+        (
+            ["nowhere"],
+            "nowhere is no directory: give the --output of lrlora finetune or demo, or the output dir",
+        ),
         (["demo", "empty"], r"empty is no run: it holds no history\.jsonl; give the --output of lrlora finetune"),
-        (["adapters"], "adapters holds adapters, but no history.jsonl.*: train again .* or see .* lrlora doctor"),
+        (
+            ["adapters"],
+            r"adapters holds adapters, but no history\.jsonl.*: give .* or see .* lrlora doctor",
+        ),
         (["newer"], "has format version 2, and this lrlora reads 1: update lrlora_ops"),
         (["damaged"], "is damaged in line 3 .*: restore it, or leave this run out"),
         (["demo", "--gpu", "abacus"], "--gpu is abacus; it must be one of GB200, B200, "),

@@ -12,8 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lrlora_ops import (
     Adapters,
-    FixedRank,
-    LearnedRank,
     SincLoRALinear,
     SincUpdate,
     VariableRankLoRALinear,
@@ -217,31 +215,6 @@ def test_a_model_in_half_precision():
     model, _ = trained()
     y = model.to(torch.bfloat16)(X.bfloat16())
     assert y.dtype == torch.bfloat16 and y.isfinite().all()
-
-
-REFUSED = {
-    "even": (lambda: SincUpdate(num_coefficients=4), "num_coefficients is 4; it must be an odd number"),
-    "rank": (lambda: SincUpdate(0), "rank is 0; it must be an integer of at least 1"),
-    "grid": (lambda: SincUpdate(grid=-1.0), "grid is -1.0"),
-    "share": (lambda: SincUpdate(share="model"), "share is 'model'; it must be one of"),
-    "dropout": (lambda: made(dropout=0.1), "layers.0.up: SincUpdate has no dropout"),
-    "module": (lambda: SincLoRALinear(4, 4, num_coefficients=2), "num_coefficients is 2"),
-    "module grid": (lambda: SincLoRALinear(4, 4, grid=0.0), "grid is 0.0"),
-    "twice": (lambda: SincLoRALinear.from_linear(SincLoRALinear(4, 4)), "a SincLoRALinear already"),
-    "another method": (lambda: apply_lora(made()[0], FixedRank(3)), "is a SincLoRALinear, which FixedRank cannot rule"),
-    "other adapters": (
-        lambda: apply_lora(nn.Sequential(VariableRankLoRALinear(4, 4)), SincUpdate()),
-        "a VariableRankLoRALinear, which SincUpdate cannot rule",
-    ),
-    "other sizes": (lambda: apply_lora(made()[0], SincUpdate(4)), r"\(3, 5\), but the method \(4, 9\)"),
-    "learned": (lambda: apply_lora(made()[0], LearnedRank(2, 3)), "which LearnedRank cannot rule"),
-}
-
-
-@pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED)
-def test_refusals(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 def test_layers_that_are_not_plain_are_refused():

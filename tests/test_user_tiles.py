@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import warnings
@@ -105,8 +106,9 @@ def test_environments_keep_their_own_and_old_ones_go(here):
     identities = [replace(here, torch=str(version)) for version in range(6)]
     for identity in identities:
         user_tiles.save(DEVICE, identity, TILES)
-    user_tiles.save(DEVICE, identities[3], {})
-    assert [user_tiles.load(DEVICE, identity) for identity in identities[2:]] == [TILES, {}, TILES, TILES]
+    user_tiles.save(DEVICE, identities[3], {SHRINK: (64, 64, 16, 4, 2)})
+    changed = TILES | {SHRINK: (64, 64, 16, 4, 2)}
+    assert [user_tiles.load(DEVICE, identity) for identity in identities[2:]] == [TILES, changed, TILES, TILES]
     for gone in identities[:2]:
         with pytest.raises(user_tiles.UnusableTiles, match=r"of torch 3, and here is"):
             user_tiles.load(DEVICE, gone)
@@ -151,9 +153,31 @@ def test_a_kill_while_writing_leaves_the_old_file(here, monkeypatch, function):
     user_tiles.save(DEVICE, here, TILES)
     monkeypatch.setattr(os, function, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        user_tiles.save(DEVICE, here, {})
+        user_tiles.save(DEVICE, here, {SHRINK: (64, 64, 16, 4, 2)})
     assert user_tiles.load(DEVICE, here) == TILES
-    assert [path.name for path in user_tiles.path().parent.iterdir()] == ["tiles.json"]
+    assert {path.name for path in user_tiles.path().parent.iterdir()} == {"tiles.json", "tiles.lock"}
+
+
+def add_shapes(worker, here):
+    for width in range(10):
+        user_tiles.save(DEVICE, here, {("shrink", 16, 2, 512, (worker, width)): (64, 64, 16, 4, 2)})
+
+
+def test_processes_that_tune_at_once_lose_nothing(here):
+    """A training run that reads meanwhile sees whole files."""
+    fork = multiprocessing.get_context("fork")  # imports nothing anew
+    workers = [fork.Process(target=add_shapes, args=(worker, here)) for worker in range(3)]
+    for worker in workers:
+        worker.start()
+    seen = [0]
+    while any(worker.is_alive() for worker in workers):
+        seen.append(len(user_tiles.load(DEVICE, here)))
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert seen == sorted(seen)
+    expected = {("shrink", 16, 2, 512, (worker, width)) for worker in range(3) for width in range(10)}
+    assert set(user_tiles.load(DEVICE, here)) == expected
 
 
 def test_where_the_file_is(monkeypatch, tmp_path):

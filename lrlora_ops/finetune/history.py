@@ -1,7 +1,7 @@
 """What a run leaves for ``lrlora report``: ``history.jsonl``, a JSON object per line, written while it trains.
 
-The first line says what runs, each step adds a line, and the last one says what it came to; docs/command.md has the
-fields. A run that was cut off lacks its last line, and one that was resumed has another first line in its middle.
+The first line says what runs, steps add lines, and the last one says what it came to; docs/command.md has the fields. A
+run that was cut off lacks its last line, and one that was resumed has another first line in its middle.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class History:
         self._sensitivities: list[float | None] = []
         if not first_step:
             self.path.unlink(missing_ok=True)
+        elif self.path.exists():
+            self._drop_unfinished_line()
 
     def begin(self, **fields: Any) -> None:
         """Write the first line: these fields, and what is known of the adapters."""
@@ -64,17 +66,27 @@ class History:
         )
         self._last = time.perf_counter()
 
-    def on_backward(self) -> None:
+    @property
+    def is_due(self) -> bool:
+        """Whether the step that is being made is one whose ranks and sensitivities are recorded."""
+        step = self.step + 1
+        return step == 1 or step % self._stride == 0 or step == self.steps
+
+    def on_backward(self, loss_scale: float | Tensor = 1.0) -> None:
         """Between backward and ``Adapters.step``, which clears the sensitivities: read them if they are due."""
-        if self._is_due(self.step + 1):
-            self._sensitivities = sensitivities(self.adapters)
+        if self.is_due:
+            self._sensitivities = sensitivities(self.adapters, loss_scale)
+
+    def pass_step(self) -> None:
+        """After a step that gets no line of its own: the next line is of the steps since the last one."""
+        self.step += 1
 
     def on_step(self, loss: float) -> None:
-        """After every step: add its line."""
-        now = time.perf_counter()
+        """After a step: add a line, with the mean loss since the last one."""
+        now, due = time.perf_counter(), self.is_due
         self.step += 1
         line: dict[str, Any] = {"step": self.step, "loss": _number(loss), "seconds": _number(now - self._last)}
-        if self._is_due(self.step):
+        if due:
             line |= {"ranks": rank_list(self.adapters), "sensitivity": self._sensitivities}
         self._write(line)
         self._last = now
@@ -83,21 +95,24 @@ class History:
         """Write the last line."""
         self._write({"end": results})
 
-    def _is_due(self, step: int) -> bool:
-        return step == 1 or step % self._stride == 0 or step == self.steps
+    def _drop_unfinished_line(self) -> None:
+        """What a process left that was killed as it wrote, or the next line would go on from there."""
+        whole = self.path.read_bytes()
+        with self.path.open("rb+") as file:
+            file.truncate(whole.rfind(b"\n") + 1)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
-def sensitivities(adapters: Adapters) -> list[float | None]:
+def sensitivities(adapters: Adapters, loss_scale: float | Tensor = 1.0) -> list[float | None]:
     """The sum of ``|dL/dm|`` over the live components of every layer, or of every expert in it, as ``ranks`` has them.
 
     What is at stake with the components of a group, to first order, in the unit of the loss. None if it is not finite.
     """
     groups = [_group_sensitivity(module.table).cpu() for module in adapters.modules.values()]
-    return [_number(value, 4) for value in torch.cat(groups).tolist()]
+    return [_number(value / float(loss_scale), 4) for value in torch.cat(groups).tolist()]
 
 
 def _group_sensitivity(table: RankTable) -> Tensor:

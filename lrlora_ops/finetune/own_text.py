@@ -83,6 +83,7 @@ class _Run:
         model, _ = load_pretrained(config.model, device, config.dtype)
         print_checks(self.console, comes_back(config.output, self.plan, config.steps, model, texts, bits))
         self.console.print(f"  {config.output}: the adapter, its ranks as text and as pictures; {peak_memory(device)}")
+        self.console.print(f"  where the rank went: lrlora report {config.output}", highlight=False, soft_wrap=True)
 
     def _train_and_save(self, checkpoint: Path | None, device: torch.device) -> tuple[Texts, dict[str, float]]:
         """Leave the adapter, its ranks and their picture in the output directory.

@@ -98,7 +98,7 @@ def summary(run: Run) -> dict[str, Any]:
         "before": run.start["before"],
         "bits": end.get("bits", {}),
         "seconds": run.seconds,
-        "speed": len(run.steps) * run.start["tokens"] / run.seconds if run.seconds else None,
+        "speed": run.tokens_per_second,
         "held": end.get("held"),
         "gpu": end.get("gpu_bytes"),
     }

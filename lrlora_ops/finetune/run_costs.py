@@ -35,7 +35,7 @@ def run_costs(run: Run, gpu: str) -> dict[str, Any]:
     theirs = sum(layer.peft_cost(mean).milliseconds(GPUS[gpu]) for layer in layers)
     arms.append(_arm(f"PEFT at the mean rank, {mean:.3g}", peft(layers, mean, most), theirs))
     frozen = sum(layer.base_cost().milliseconds(GPUS[gpu]) for layer in layers)
-    return {"gpu": gpu, "arms": arms, "frozen": frozen, "tokens": run.start["tokens"]}
+    return {"gpu": gpu, "arms": arms, "frozen": frozen, "tokens": max(layer.tokens for layer in layers)}
 
 
 def _time(layers: list[Layer], ranks: list[float], gpu: str) -> float:

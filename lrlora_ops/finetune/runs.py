@@ -1,4 +1,4 @@
-"""Runs as ``lrlora finetune`` and ``lrlora demo`` leave them: their histories, read back."""
+"""Runs as ``lrlora finetune``, ``lrlora demo`` and the trainer's callback leave them: their histories, read back."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lrlora_ops.plan import Layer
 
 FILE = "history.jsonl"
 VERSION = 1
+_WANTED = "the --output of lrlora finetune or demo, or the output directory of a trainer with adapters.callback()"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Run:
         directory: Of the run.
         label: Its name, with the directory if another run that is shown has the same name.
         start: The first line.
-        steps: The lines of its steps, each step once, in order.
+        steps: The lines of its steps, in order; a line may be of several steps, up to the one that it names.
         end: The last line's results; None for a run that has not ended.
     """
 
@@ -42,6 +43,18 @@ class Run:
         return sum(step["seconds"] for step in self.steps)
 
     @property
+    def tokens_per_second(self) -> float | None:
+        """Of training; None if the run has no step yet, or does not know its tokens."""
+        if not (self.steps and self.seconds and self.start["tokens"]):
+            return None
+        return (self.steps[-1]["step"] - self.first_step) * self.start["tokens"] / self.seconds
+
+    @property
+    def first_step(self) -> int:
+        """How many steps had been made before the history began: not 0 if the rest of it is elsewhere."""
+        return self.start.get("first_step", 0)
+
+    @property
     def num_experts(self) -> dict[str, int]:
         """Per adapter, in the order of the ranks; 1 for a linear layer."""
         return {name: settings["num_experts"] for name, settings in self.start["adapters"].items()}
@@ -53,8 +66,9 @@ class Run:
 
     @property
     def snapshots(self) -> list[dict[str, Any]]:
-        """The lines with ranks, and a step 0 before them."""
-        return [{"step": 0, "ranks": self.start["ranks"]}, *(step for step in self.steps if "ranks" in step)]
+        """The lines with ranks, and what was before the first step."""
+        before = {"step": self.first_step, "ranks": self.start["ranks"]}
+        return [before, *(step for step in self.steps if "ranks" in step)]
 
     @property
     def ranks(self) -> list[int]:
@@ -103,16 +117,16 @@ def read_runs(directories: Iterable[Path]) -> list[Run]:
 
 def _histories(directory: Path) -> list[Path]:
     if not directory.is_dir():
-        raise CommandError(f"{directory} is no directory: give one that lrlora finetune or lrlora demo wrote")
+        raise CommandError(f"{directory} is no directory: give {_WANTED}")
     own = directory / FILE
     if found := [own] if own.is_file() else sorted(directory.rglob(FILE)):
         return found
     if (directory / STATE_FILE).is_file():
         raise CommandError(
-            f"{directory} holds adapters, but no {FILE}, which lrlora finetune and lrlora demo write as they train: "
-            "train again with one of them, or see the adapters with lrlora doctor"
+            f"{directory} holds adapters, but no {FILE}, which is written where a run begins: give {_WANTED}, or see "
+            "the adapters with lrlora doctor"
         )
-    raise CommandError(f"{directory} is no run: it holds no {FILE}; give the --output of lrlora finetune or demo")
+    raise CommandError(f"{directory} is no run: it holds no {FILE}; give {_WANTED}")
 
 
 def read_run(path: Path) -> Run:

@@ -64,14 +64,13 @@ def tune_model(settings: TuneSettings, console: Console) -> None:
         soft_wrap=True,
     )
     began, changed = time.monotonic(), 0
-    identity, tiles = _user_tiles.Identity.here(), _known(console)
-    known = () if settings.again else tuple(tiles)
-    _user_tiles.save(device_name(), identity, tiles)  # a folder that cannot be written to is said before the work
+    identity, before = _user_tiles.Identity.here(), _known(console)
+    known = () if settings.again else tuple(before)
+    _user_tiles.save(device_name(), identity, {})  # a folder that cannot be written to is said before the work
 
     def found(key: _user_tiles.Key, result: Found, shipped: Tile) -> None:
         nonlocal changed
-        tiles[key] = astuple(result.tile)
-        _user_tiles.save(device_name(), identity, tiles)
+        _user_tiles.save(device_name(), identity, {key: astuple(result.tile)})
         changed += result.tile != shipped
         console.print(f"{time.monotonic() - began:5.0f} s  {described(key, result)}", highlight=False, soft_wrap=True)
 

@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrlora_ops.adapters import Adapters
+from lrlora_ops.integrations._recording import Recorder
 
 
 class AdaptersCallback(TrainerCallback):
@@ -20,12 +21,14 @@ class AdaptersCallback(TrainerCallback):
 
     Args:
         adapters: What ``apply_lora`` returned for the model that is trained.
+        history: Whether to write ``history.jsonl``, which ``lrlora report`` draws, into the trainer's output directory.
     """
 
-    def __init__(self, adapters: Adapters) -> None:
-        self.adapters = adapters
+    def __init__(self, adapters: Adapters, history: bool = True) -> None:
+        self.adapters, self.history = adapters, history
         self._loss_scale: torch.Tensor | None = None
         self._loss: _StepLoss | None = None
+        self._recorder: Recorder | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Methods that were not told the length of the run learn it from the trainer, also when it resumes.
@@ -39,8 +42,11 @@ class AdaptersCallback(TrainerCallback):
         for policy, (method, _names) in zip(self.adapters.policies, self.adapters.methods, strict=True):
             if getattr(method, "total_steps", None) is None and not policy.frozen:
                 policy.total_steps = state.max_steps
-        if trainer is not None and self._needs_loss():
-            self._loss = _StepLoss(trainer)
+        recorded = self.history and state.is_world_process_zero
+        self._recorder = Recorder(self.adapters, args, state) if recorded else None
+        self._release_loss()  # of a run that was interrupted
+        if trainer is not None and (self._recorder or self._needs_loss()):
+            self._loss = _StepLoss(trainer, self._recorder)
 
     def _needs_loss(self) -> bool:
         return any(policy.needs_loss for policy in self.adapters.policies)
@@ -66,6 +72,9 @@ class AdaptersCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The methods' state goes with the weights of the best checkpoint, which the trainer has just loaded."""
+        self._release_loss()
+        if self._recorder:
+            self._recorder.end()
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self.adapters.load(state.best_model_checkpoint)
 
@@ -84,11 +93,19 @@ class AdaptersCallback(TrainerCallback):
         """
         before, after = self._loss_scale, _loss_scale(args, kwargs)
         loss = None if self._loss is None else self._loss.take()
+        if self._recorder:
+            self._recorder.before_step(before)
         if before is None or after is None:
             self.adapters.step(loss=loss)
         else:  # fp16 alone waits for the device here
             self.adapters.step(loss=loss, loss_scale=before, skipped=bool(after < before))
-        if self._loss is not None and not self._needs_loss():
+        if self._recorder:
+            self._recorder.after_step(loss)
+        elif not self._needs_loss():
+            self._release_loss()
+
+    def _release_loss(self) -> None:
+        if self._loss is not None:
             self._loss.release()
             self._loss = None
 
@@ -119,13 +136,15 @@ class _StepLoss:
     the gradients are of. Of several processes each has its own; their mean is the loss, as it is of the gradients.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer, self._training_step = trainer, trainer.training_step
+    def __init__(self, trainer: Trainer, recorder: Recorder | None) -> None:
+        self._trainer, self._training_step, self._recorder = trainer, trainer.training_step, recorder
         self._sum: torch.Tensor | None = None
         trainer.training_step = self._watched
 
-    def _watched(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = self._training_step(*args, **kwargs)
+    def _watched(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._recorder:
+            self._recorder.on_batch(inputs)
+        loss = self._training_step(model, inputs, *args, **kwargs)
         self._sum = loss.detach() if self._sum is None else self._sum + loss.detach()
         return loss
 

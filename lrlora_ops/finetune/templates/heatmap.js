@@ -1,5 +1,6 @@
 // Heatmaps of layers by modules or experts, whose cells are read with the pointer or the arrow keys.
 const dark = matchMedia("(prefers-color-scheme: dark)");
+const EDGE = 12; // for what of the last column's name stands out
 
 function shade(what, level) {
   const table = DATA.colors[what][dark.matches ? "dark" : "light"];
@@ -16,7 +17,7 @@ function sizes(map, room, least) {
   const longestOf = names => Math.max(...names.map(name => name.length));
   let names = map.columns.map(column => column.name);
   const wanted = map.kind === "module" ? Math.max(40, 7 * longestOf(names) + 10) : 30;
-  const width = Math.max(least, Math.min(wanted, (room - label) / map.columns.length));
+  const width = Math.max(least, Math.min(wanted, (room - label - EDGE) / map.columns.length));
   const height = Math.max(8, Math.min(26, (map.kind === "module" ? 720 : 480) / map.rows.length));
   if (7 * longestOf(names) > width) names = names.map(name => name.replace(/_proj$/, ""));
   return {
@@ -36,7 +37,7 @@ function heatmap(parent, { map, title, what, most, power = 1, show, unit, tell, 
   put(panel, "h3", {}, title);
   const { label, width, height, names, slant, longest } = sizes(map, room, least);
   const head = (map.kind === "module" ? 20 : 0) + (slant ? 12 + 5 * longest : 20);
-  const [across, down] = [label + width * map.columns.length + (slant ? 30 : 2), head + height * map.rows.length + 2];
+  const [across, down] = [label + width * map.columns.length + (slant ? 30 : EDGE), head + height * map.rows.length + 2];
   const svg = put(put(panel, "div", { class: "scroll" }), "svg", {
     width: across,
     height: down,

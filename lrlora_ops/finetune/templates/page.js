@@ -23,7 +23,9 @@ function runsTable() {
     ...texts.map(text => [`bits per byte, ${text}`, run => run.bits[text], run => run.before[text]]),
     ["training time", run => duration(run.seconds)],
     ["tokens per second", run => (run.speed === null ? "–" : count(run.speed))],
-    ["held, start to end", run => (run.held ? `${bytes(run.held[0])} to ${bytes(run.held[1])}` : "–")],
+    ...(RUNS.some(run => run.summary.held)
+      ? [["held, start to end", run => (run.held ? `${bytes(run.held[0])} to ${bytes(run.held[1])}` : "–")]]
+      : []),
     ...(RUNS.some(run => run.summary.gpu) ? [["GPU peak", run => (run.gpu ? bytes(run.gpu) : "–")]] : []),
   ];
   const table = put(byId("table"), "table"),

@@ -207,7 +207,7 @@ function cost(run) {
     "p",
     { class: "note" },
     [
-      `Computed from the last ranks, not measured, for ${count(costs.tokens)} tokens in a step.`,
+      `Computed from the last ranks, not measured, for ${count(costs.tokens)} tokens, forward and backward.`,
       "Saved is what autograd keeps because of the adapters.",
       "Times are floors at the datasheet's rates of bandwidth and arithmetic, and routing is taken as even;",
       `the frozen layers take ${milliseconds(costs.frozen)}. Padded is a masked LoRA of that rank everywhere.`,
