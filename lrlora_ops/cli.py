@@ -74,6 +74,7 @@ class MethodName(str, Enum):
     fixed = "fixed"
     learned = "learned"
     dynamic = "dynamic"
+    sinc = "sinc"
 
 
 class DtypeName(str, Enum):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lrlora_ops.finetune.arm import Arm, ArmPlan, Texts
 from lrlora_ops.finetune.errors import CheckFailed
-from lrlora_ops.finetune.progress import rank_list
+from lrlora_ops.finetune.ranks import rank_list
 from lrlora_ops.finetune.tokens import batches
 from lrlora_ops.finetune.trainer import Recipe, batch_loss
 
