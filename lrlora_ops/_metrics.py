@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def metrics(adapters: Adapters) -> dict[str, float]:
-    """See ``Adapters.metrics``. One transfer from the device, or one per device of the model; one more for stable ranks."""
+    """See ``Adapters.metrics``. One transfer per device of the model, and one for stable ranks."""
     if not adapters.tables:
         return {}
     ranks = [table.ranks for table in adapters.tables.values()]
