@@ -52,7 +52,7 @@ def test_ranks_are_recorded_as_they_move(learned, growing):
 
 
 def test_stable_ranks_are_recorded_beside_the_ranks(tmp_path):
-    """Of attention, which a SincUpdate moves: zero up to the first step, of rate 0; at the end what the adapters have."""
+    """Of attention, which a SincUpdate moves: zero until the second step, for the first has rate 0."""
     arm = train_run(MIXED, tmp_path)
     run = read_run(tmp_path / FILE)
     bent = [name for name in run.num_experts if "self_attn" in name]

@@ -209,8 +209,7 @@ function layersOverTime(run, map) {
 function cost(run) {
   const box = byId("cost"),
     costs = run.costs;
-  if (!costs.arms)
-    return put(box, "p", { class: "empty" }, `The sizes of this model's layers are not known: ${costs.reason}`);
+  if (!costs.arms) return put(box, "p", { class: "empty" }, costs.reason);
   const charts = put(box, "div", { class: "charts" });
   bars(charts, {
     title: "Memory in a training step",
