@@ -141,7 +141,7 @@ def heatmap(ranks: Mapping[str, int | float | Tensor], path: str | PathLike[str]
     figure.savefig(path)
 
 
-def _draw_group(axes: Axes, matrix: RankMatrix, columns: list[tuple[str, str]], largest: int) -> AxesImage:
+def _draw_group(axes: Axes, matrix: RankMatrix, columns: list[tuple[str, str]], largest: float) -> AxesImage:
     values = [[matrix.ranks.get((row, column), math.nan) for column in columns] for row in matrix.rows]
     image = axes.imshow(values, cmap="viridis", aspect="auto", vmin=0, vmax=largest)
     for y, row in enumerate(values):

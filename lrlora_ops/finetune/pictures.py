@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -64,7 +64,7 @@ def draw_runs(runs: Sequence[Run], directory: Path) -> list[Path]:
     return [directory / "growth.png"]
 
 
-def _draw_spread(axes: Axes, run: Run, key: str, style: dict[str, str]) -> None:
+def _draw_spread(axes: Axes, run: Run, key: str, style: dict[str, Any]) -> None:
     """The ranks of a run by step: their mean, and a band from the lowest to the highest."""
     lines = [(line["step"], own) for line in run.snapshots if (own := known(line.get(key)))]
     if lines:

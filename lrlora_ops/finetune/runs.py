@@ -54,8 +54,8 @@ class Run:
     @property
     def snapshots(self) -> list[dict[str, Any]]:
         """The lines with ranks, and a step 0 before them."""
-        first = {key: self.start[key] for key in ("ranks", "stable_ranks") if key in self.start}
-        return [{"step": 0, **first}, *(step for step in self.steps if "ranks" in step)]
+        first = {"step": 0} | {key: own for key, own in self.start.items() if key in ("ranks", "stable_ranks")}
+        return [first, *(step for step in self.steps if "ranks" in step)]
 
     @property
     def ranks(self) -> list[int]:

@@ -125,8 +125,8 @@ function sideBySide() {
 }
 
 function spreadOverTime(run, what) {
-  if (!run.summary.done) return { points: [] };
   const own = places(run, what);
+  if (!run.summary.done || !own.length) return { points: [] };
   const band = run.snapshots.map(({ step }, index) => {
     const ranks = own.map(place => ranksOf(run, index, what)[place]);
     return [step, ranks.reduce((least, rank) => Math.min(least, rank)), max(ranks), mean(ranks)];
