@@ -36,7 +36,7 @@ class Coverage:
 
 def coverage(adapters: Adapters) -> list[Coverage]:
     """Every kind of layer that has a matrix: the adapted ones first, then the others, each in the model's order."""
-    ranks = {name: round(float(rank.sum())) for name, rank in adapters.ranks().items()}
+    ranks = {name: int(module.table.ranks.sum()) for name, module in adapters.modules.items()}
     reasons = _reasons(adapters.model)
     kinds: dict[tuple[str, str], list[tuple[int, int | None]]] = {}
     for name, module in _layers(adapters.model):

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def metrics(adapters: Adapters) -> dict[str, float]:
-    """See ``Adapters.metrics``. One transfer from the device, or one per device of the model."""
+    """See ``Adapters.metrics``. One transfer per device of the model, and one for stable ranks."""
     if not adapters.tables:
         return {}
     ranks = [table.ranks for table in adapters.tables.values()]
@@ -33,9 +33,10 @@ def metrics(adapters: Adapters) -> dict[str, float]:
     budgets = [policy.budget for policy in adapters.policies]
     if None not in budgets:
         figures["lrlora/budget"] = sum(budget for budget in budgets if budget is not None)
-    stable = [rank for module in adapters.modules.values() if (rank := module.shown_rank()).is_floating_point()]
+    shown = [module.shown_rank().flatten() for module in adapters.modules.values()]
+    stable = [rank for rank in shown if rank.is_floating_point()]
     if stable:
-        figures["lrlora/stable_rank_mean"] = sum(float(rank) for rank in stable) / len(stable)
+        figures["lrlora/stable_rank_mean"] = torch.cat([rank.to(stable[0].device) for rank in stable]).mean().item()
     if len(kinds) > 1:
         figures |= {f"lrlora/rank_mean/{kind}": sum(own) / len(own) for kind, own in kinds.items()}
     return figures

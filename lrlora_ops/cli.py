@@ -74,6 +74,7 @@ class MethodName(str, Enum):
     fixed = "fixed"
     learned = "learned"
     dynamic = "dynamic"
+    sinc = "sinc"
 
 
 class DtypeName(str, Enum):
@@ -99,7 +100,9 @@ def lrlora(context: typer.Context) -> None:
 @app.command()
 def demo(
     context: typer.Context,
-    dense: Annotated[bool, typer.Option("--dense", help="A model without experts: fixed or learned ranks.")] = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="A model without experts: fixed ranks, learned ranks, SincUpdate.")
+    ] = False,
     full: Annotated[bool, typer.Option("--full", help="Uncut steps, control arms, and seeds 0, 1 and 2.")] = False,
     seeds: Annotated[
         list[int] | None, typer.Option(metavar="SEED...", help="Each a run of its own; default 0.")

@@ -1,4 +1,4 @@
-"""Ranks by layer and module: a table for the terminal, a heatmap for the eye."""
+"""Ranks by layer and module: a table for the terminal, a heatmap for the eye. Stable ranks have a decimal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
+from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,22 +28,22 @@ class RankMatrix:
     Attributes:
         rows: Names of the layers, in the order of the model.
         columns: ``(group, module)`` each, modules of one group next to each other.
-        ranks: Rank by ``(row, column)``, where the layer has such a module.
+        ranks: Rank by ``(row, column)``, where the layer has such a module; a float for a stable rank.
     """
 
     rows: list[str]
     columns: list[tuple[str, str]]
-    ranks: dict[tuple[str, tuple[str, str]], int]
+    ranks: dict[tuple[str, tuple[str, str]], int | float]
 
     @classmethod
-    def of(cls, ranks: Mapping[str, int]) -> RankMatrix:
+    def of(cls, ranks: Mapping[str, int | float | Tensor]) -> RankMatrix:
         split = {name: split_name(name) for name in ranks}
         stacks = {stack for stack, layer, *_ in split.values() if layer}
         cells = {}
         for name, rank in ranks.items():
             stack, layer, group, module = split[name]
             row = layer if len(stacks) == 1 and layer else f"{stack} {layer}".strip()
-            cells[row, (group, module)] = int(rank)
+            cells[row, (group, module)] = rank.item() if isinstance(rank, Tensor) else rank
         rows = list(dict.fromkeys(row for row, _ in cells))
         columns = list(dict.fromkeys(column for _, column in cells))
         groups = list(dict.fromkeys(group for group, _ in columns))
@@ -55,6 +56,12 @@ class RankMatrix:
         for column in self.columns:
             groups.setdefault(column[0], []).append(column)
         return groups
+
+    @property
+    def what(self) -> str:
+        """What the numbers are."""
+        stable = {isinstance(rank, float) for rank in self.ranks.values()}
+        return {False: "rank", True: "stable rank"}[stable.pop()] if len(stable) == 1 else "rank, or stable rank x.x"
 
     def mean(self, row: str | None = None, group: str | None = None) -> float | None:
         """Mean rank of a row, a group, both, or everything; None if there is no such cell."""
@@ -73,7 +80,12 @@ def split_name(name: str) -> tuple[str, str, str, str]:
     return ".".join(parts[:at]), parts[at], group, inner[-1]
 
 
-def rank_table(ranks: Mapping[str, int], title: str = "") -> Table:
+def shown(rank: int | float) -> str:
+    """A rank as it is, a stable rank with one decimal."""
+    return f"{rank:.1f}" if isinstance(rank, float) else str(rank)
+
+
+def rank_table(ranks: Mapping[str, int | float | Tensor], title: str = "") -> Table:
     """Layers down, modules across, and the mean of each group: attention against MLP.
 
     Args:
@@ -90,7 +102,8 @@ def rank_table(ranks: Mapping[str, int], title: str = "") -> Table:
     for group in matrix.groups:
         table.add_column(f"mean\n{group or 'others'}", footer=_mean(matrix.mean(group=group)), justify="right")
     for row in matrix.rows:
-        cells = [str(matrix.ranks.get((row, column), "")) for column in matrix.columns]
+        known = [matrix.ranks.get((row, column)) for column in matrix.columns]
+        cells = ["" if rank is None else shown(rank) for rank in known]
         table.add_row(row, *cells, *(_mean(matrix.mean(row, group)) for group in matrix.groups))
     return table
 
@@ -99,13 +112,13 @@ def _mean(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def heatmap(ranks: Mapping[str, int], path: str | PathLike[str], title: str = "Rank by layer and module") -> None:
+def heatmap(ranks: Mapping[str, int | float | Tensor], path: str | PathLike[str], title: str | None = None) -> None:
     """Draw the ranks as a PNG: layers down, modules across by group, a number in each cell.
 
     Args:
         ranks: Rank by module name, as ``Adapters.ranks()`` has it.
         path: The file to write.
-        title: The mean rank is added to it.
+        title: The mean rank is added to it. Default: "Rank by layer and module", or "Stable rank ...".
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -115,6 +128,7 @@ def heatmap(ranks: Mapping[str, int], path: str | PathLike[str], title: str = "R
     groups, size = matrix.groups, (2.2 + 0.75 * len(matrix.columns), 1.9 + 0.42 * len(matrix.rows))
     figure = Figure(figsize=size, layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
+    title = f"{matrix.what.capitalize()} by layer and module" if title is None else title
     figure.suptitle(f"{title} (mean {_mean(matrix.mean())})")
     widths = [len(columns) for columns in groups.values()]
     panels = figure.subplots(1, len(groups), squeeze=False, width_ratios=widths)[0]
@@ -123,18 +137,18 @@ def heatmap(ranks: Mapping[str, int], path: str | PathLike[str], title: str = "R
         axes.set_title(f"{group or 'others'}: mean {_mean(matrix.mean(group=group))}", fontsize=10)
         axes.set_yticks(range(len(matrix.rows)), matrix.rows if axes is panels[0] else [])
     panels[0].set_ylabel("layer")
-    figure.colorbar(image, ax=panels, label="rank", fraction=0.05, pad=0.02, ticks=MaxNLocator(integer=True))
+    figure.colorbar(image, ax=panels, label=matrix.what, fraction=0.05, pad=0.02, ticks=MaxNLocator(integer=True))
     figure.savefig(path)
 
 
-def _draw_group(axes: Axes, matrix: RankMatrix, columns: list[tuple[str, str]], largest: int) -> AxesImage:
+def _draw_group(axes: Axes, matrix: RankMatrix, columns: list[tuple[str, str]], largest: float) -> AxesImage:
     values = [[matrix.ranks.get((row, column), math.nan) for column in columns] for row in matrix.rows]
     image = axes.imshow(values, cmap="viridis", aspect="auto", vmin=0, vmax=largest)
     for y, row in enumerate(values):
         for x, rank in enumerate(row):
             if not math.isnan(rank):
                 color = "white" if rank < 0.6 * largest else "black"
-                axes.text(x, y, str(rank), ha="center", va="center", color=color, fontsize=9)
+                axes.text(x, y, shown(rank), ha="center", va="center", color=color, fontsize=9)
     axes.set_xticks(range(len(columns)), [module for _, module in columns], rotation=35, ha="right")
     # White lines between the cells.
     axes.set_xticks([x - 0.5 for x in range(1, len(columns))], minor=True)

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = ["--steps", "12", "--batch-size", "4", "--seq-len", "16", "--lr", "1e-2", "--device", "cpu"]
 LEARNED = ["--method", "learned", "--mean-rank", "2"]
 FIXED = ["--method", "fixed", "--rank", "2"]
+SINC = ["--method", "sinc", "--rank", "2", "--grid", "0.01", "--share", "global"]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def reload(inputs, output, plan, steps=12):
     return again, tokenizer
 
 
-@pytest.mark.parametrize("method", [LEARNED, FIXED])
+@pytest.mark.parametrize("method", [LEARNED, FIXED, SINC])
 def test_finetune_learns_and_leaves_an_adapter_a_table_and_a_heatmap(inputs, tmp_path, monkeypatch, method):
     trained, train = [], Arm.train
     monkeypatch.setattr(Arm, "train", lambda *args: (trained.append(args[0]), train(*args)))
@@ -125,10 +126,12 @@ def test_finetune_learns_and_leaves_an_adapter_a_table_and_a_heatmap(inputs, tmp
     assert after < 0.8 * before
     assert re.search(r"PASS +\S*adapter loaded into a fresh copy of the model", result.output.replace("\n", ""))
 
-    assert (output / "ranks.png").read_bytes().startswith(b"\x89PNG")
-    assert "q" in (output / "ranks.txt").read_text()
+    stable = "stable-" if method is SINC else ""
+    assert (output / f"{stable}ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert ("Stable ranks of" if stable else "Ranks of") in (output / "ranks.txt").read_text()
     again, tokenizer = reload(inputs, output, trained[0].plan, steps=30)
-    assert again.rank_by_layer == trained[0].rank_by_layer
+    assert again.rank_by_layer == pytest.approx(trained[0].rank_by_layer, rel=1e-2)
+    assert ("stable rank min/avg/max" in result.output) == (method is SINC)
     assert sum(again.ranks) == 2 * 14
     tokens = encode(tokenizer, [TEXT[:200]]).tokens[None, :40]
     with torch.no_grad():

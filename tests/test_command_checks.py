@@ -39,6 +39,7 @@ def doctor(directory, *options):
     [
         ("llama", [], 14),
         ("llama", ["--method", "learned", "--targets", "q_proj", "--targets", "mlp.*"], 8),
+        ("llama", ["--method", "sinc", "--targets", "q_proj"], 2),
         ("qwen3_moe", ["--method", "dynamic"], 2),
         ("run", ["--model", "llama"], 8),
     ],

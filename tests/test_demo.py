@@ -57,24 +57,29 @@ def demo(tmp_path_factory):
 
 def test_demo_shows_what_was_promised_and_passes(demo):
     output, printed = demo
-    assert printed.count("PASS") == 3 and "FAIL" not in printed
+    assert printed.count("PASS") == 4 and "FAIL" not in printed
     for words in (
         "torch 2",
         "sha256",
         "predicted",
-        "ranks 4/4.0/4",
+        "· ranks 4/4.0/4",
+        "· stable ranks 1.",
         "tokens/s",
         "bits per byte",
         "LearnedRank against FixedRank",
-        "FixedRank, LearnedRank: 43,008 adapter parameters each",
-        "FixedRank, LearnedRank: ranks that sum to 112 each",
+        "SincUpdate against FixedRank",
+        "FixedRank, LearnedRank, SincUpdate: 43,008 adapter parameters each, and 9 coefficients of SincUpdate",
+        "FixedRank, LearnedRank, SincUpdate: ranks that sum to 112 each",
+        "Stable ranks of SincUpdate",
         "seconds",
         "peak memory",
     ):
         assert words in printed
     for text in ("library source", r"reference text \(near\)", r"Unicode lines \(far\)"):
-        assert re.search(rf"{text} +\d\.\d+ +\d\.\d+ +\d\.\d+", printed)
-    assert {path.name for path in output.iterdir()} == {"base", "adapters", "ranks.png"}
+        assert re.search(rf"{text} +\d\.\d+ +\d\.\d+ +\d\.\d+ +\d\.\d+", printed)
+    assert row(printed, "adapter parameters") == ["43,008", "43,008", "43,017"]
+    assert len(row(printed, "stable rank min/avg/max")) == 1  # SincUpdate's
+    assert {path.name for path in output.iterdir()} == {"base", "adapters", "ranks.png", "stable-ranks.png"}
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +171,7 @@ def test_seeds_are_runs_of_their_own_with_a_table_of_means(tmp_path, monkeypatch
         ([], [0], 3.25, 3, 0),
         (["--full"], [0, 1, 2], math.inf, 3, 2),
         (["--full", "--seeds", "7", "--minutes", "9"], [7], 9, 3, 2),
-        (["--dense"], [0], 3.25, 2, 0),
+        (["--dense"], [0], 3.25, 3, 0),
     ],
 )
 def test_demo_options_choose_the_experiment(tmp_path, monkeypatch, options, seeds, minutes, arms, controls):
@@ -210,7 +215,7 @@ def test_demo_fails_if_the_adapter_does_not_come_back(demo, monkeypatch, tmp_pat
     assert all(same_budget(arms).values())
     print_checks(console, check(arms, base, texts, settings))
     monkeypatch.setattr("lrlora_ops.Adapters.load", forget)
-    with pytest.raises(CheckFailed, match="1 of 3 checks failed"):
+    with pytest.raises(CheckFailed, match="2 of 4 checks failed"):
         print_checks(console, check(arms, base, texts, settings))
 
 

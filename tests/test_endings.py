@@ -20,11 +20,12 @@ from tests._training import assert_same
 
 LEARNED = {"name": "learned", "mean_rank": 2}  # of 12 steps, compacted after the tenth
 DYNAMIC = {"name": "dynamic", "initial_rank": 1, "target_rank": 2, "max_rank": 4, "interval": 2, "warmup": 0.1}
-BOTH = {"experts": DYNAMIC, "all-linear": LEARNED}
+SINC = {"name": "sinc", "rank": 2, "num_coefficients": 3, "share": "type"}
+ALL = {"experts": DYNAMIC, "*.o_proj": SINC, "all-linear": LEARNED}
 SMALL = {"steps": 12, "batch_size": 2, "seq_len": 32, "lr": 1e-2, "device": "cpu"}
 CASES = {
     "learned": {"model": "llama", "train": ["text"], "method": LEARNED, "dropout": 0.2},
-    "dynamic": {"model": "chat", "train": ["chats.jsonl"], "methods": BOTH, "seq_len": 128},
+    "dynamic": {"model": "chat", "train": ["chats.jsonl"], "methods": ALL, "seq_len": 128},
 }
 
 

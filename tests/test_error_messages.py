@@ -185,7 +185,11 @@ COMMANDS = [
     (config("top-level"), "top-level.yaml, line 2: mean_rank is no setting", "it belongs under 'method:'"),
     (config("nested"), "line 5: method.intervall is no setting of the method dynamic", "did you mean interval"),
     (config("other-s"), "line 5: method.interval is no setting of the method learned", "it is one of dynamic"),
-    (config("method"), "method.yaml, line 4: method.name is 'lerned'", "fixed, learned, dynamic; did you mean learned"),
+    (
+        config("method"),
+        "method.yaml, line 4: method.name is 'lerned'",
+        "fixed, learned, dynamic, sinc; did you mean learned",
+    ),
     (config("no-name"), "no-name.yaml, line 3: method has no name", "add 'name:' with one of fixed, learned, dynamic"),
     (config("word"), "word.yaml, line 3: method is 'learned'", "it must be a valid dictionary"),
     (config("many"), "many.yaml, line 3: steps is 'many'", r"it must be a valid integer$"),

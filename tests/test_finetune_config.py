@@ -12,7 +12,7 @@ pytest.importorskip("pydantic")
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
-from lrlora_ops import DynamicRank, FixedRank, LearnedRank
+from lrlora_ops import DynamicRank, FixedRank, LearnedRank, SincUpdate
 from lrlora_ops.cli import app
 from lrlora_ops.finetune.config import METHOD_MODELS, METHODS, FineTuneConfig, option_paths
 from lrlora_ops.finetune.config_file import read_config
@@ -51,6 +51,8 @@ def test_settings_reach_their_method():
     assert method(mean_rank=2.5) == LearnedRank(2.5, 10, 50, seed=3)  # at most four times the mean
     grown = method(method="dynamic", interval=7, score="saliency")
     assert grown == DynamicRank(total_steps=50, interval=7, score="saliency")
+    bent = method(method="sinc", rank=5, num_coefficients=3, grid=0.1, share="type")
+    assert bent == SincUpdate(5, num_coefficients=3, grid=0.1, share="type")
 
 
 def test_methods_by_pattern(tmp_path):
@@ -108,7 +110,7 @@ def test_the_schema_is_the_files():
     printed = json.loads(CliRunner().invoke(app, ["schema"]).output)
     assert printed["required"] == ["model", "train"] and printed["additionalProperties"] is False
     assert printed["properties"].keys() == FineTuneConfig.model_fields.keys()
-    assert {f"{name.capitalize()}RankSettings" for name in METHODS} == printed["$defs"].keys()
+    assert {f"{made.__name__}Settings" for made in METHODS.values()} == printed["$defs"].keys()
     assert printed["$defs"]["LearnedRankSettings"]["properties"]["freeze"]["default"] == 0.8
 
 

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from lrlora_ops import FixedRank, LearnedRank, apply_lora
+from lrlora_ops import FixedRank, LearnedRank, SincUpdate, apply_lora
 from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.history import FILE, History, sensitivities, traced_layers
 from lrlora_ops.finetune.runs import read_run, read_runs
 from tests._cli import llama, qwen3_moe
 from tests._models import IDS, Model
-from tests._runs import GROWING, LEARNED, ROWS, SEQ_LEN, STEPS, rewritten, train_run
+from tests._runs import GROWING, LEARNED, MIXED, ROWS, SEQ_LEN, STEPS, rewritten, train_run
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,45 @@ def test_ranks_are_recorded_as_they_move(learned, growing):
     assert len({tuple(line["ranks"]) for line in first[STEPS // 2 :]}) == 1
     sums = [sum(line["ranks"]) for line in second]
     assert sums[0] == 8 and sums[-1] == 16 and sums == sorted(sums)
+
+
+def test_stable_ranks_are_recorded_beside_the_ranks(tmp_path):
+    """Of attention, which a SincUpdate moves: zero until the second step, for the first has rate 0."""
+    arm = train_run(MIXED, tmp_path)
+    run = read_run(tmp_path / FILE)
+    bent = [name for name in run.num_experts if "self_attn" in name]
+    assert run.adapters == {"rank": [n for n in run.num_experts if n not in bent], "stable rank": bent}
+    assert run.by_adapter(run.ranks) == {name: [2 if name in bent else 3] for name in run.num_experts}
+    exact = {name: module.delta_weight(torch.float64) for name, module in arm.adapters.modules.items() if name in bent}
+    for line in run.snapshots:
+        stable = run.by_adapter(line["stable_ranks"])
+        assert {name for name, own in stable.items() if own == [None]} == set(run.adapters["rank"])
+        assert all((own[0] >= 1) == (line["step"] > 1) for name, own in stable.items() if name in bent)
+        if line["step"]:
+            sensitivity = run.by_adapter(line["sensitivity"])
+            assert {name for name, own in sensitivity.items() if own == [None]} == set(bent)
+    for name, update in exact.items():
+        [last] = run.by_adapter(run.stable_ranks)[name]
+        values = torch.linalg.svdvals(update).square()
+        assert last == pytest.approx(float(values.sum() / values[0]), rel=0.02)
+
+
+def test_the_line_on_the_terminal_shows_stable_ranks_where_there_are_no_others(tmp_path):
+    """And computes them where they are recorded, not at every step."""
+    adapters = apply_lora(Model(), SincUpdate(3), "q_proj")
+    for module in adapters.modules.values():
+        torch.nn.init.normal_(module.lora_B)
+    history = History(tmp_path, adapters, steps=1001)
+    history.begin(name="run")
+    first = min(float(rank) for rank in adapters.ranks().values())
+    assert history.shown_ranks().startswith(f"stable ranks {first:.1f}/")
+    for module in adapters.modules.values():
+        module.stable_rank = lambda: pytest.fail("computed anew")
+    assert history.shown_ranks().startswith(f"stable ranks {first:.1f}/")
+    history.step = 1
+    history.on_step(1.0)
+    with pytest.raises(pytest.fail.Exception):
+        [history.on_step(1.0) for _ in range(6)]
 
 
 def test_a_long_run_records_ranks_two_hundred_times(tmp_path):
@@ -165,6 +204,7 @@ def test_runs_below_a_directory_are_found_once_in_the_order_of_their_start(learn
         (lambda lines: lines[3].pop("step"), "damaged in line 4 .*: restore it, or leave this run out"),
         (lambda lines: lines.__setitem__(2, [1]), "damaged in line 3"),
         (lambda lines: lines[0]["ranks"].pop(), "damaged in line 1 .*13 ranks of 14"),
+        (lambda lines: lines[0].update(stable_ranks=[1.0]), "damaged in line 1 .*1 stable ranks of 14"),
         (lambda lines: lines.pop(0), "no first line that says what ran"),
     ],
 )

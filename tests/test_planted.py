@@ -5,12 +5,14 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.planted import cases
 from benchmarks.planted.__main__ import main
 from benchmarks.planted.arms import ARMS, serves
 from benchmarks.planted.networks import MAX_RANK
 from benchmarks.planted.trial import run, spearman
+from lrlora_ops import FixedRank, SincUpdate, apply_lora
 
 COLUMNS = ["case", "seed", "method", "loss", "spearman", "budget", "ranks", "planted"]
 
@@ -32,6 +34,45 @@ def test_learned_ranks_find_the_planted_ones(monkeypatch, tmp_path, capsys):
     assert uniform["ranks"] == [6, 5, 5, 5]
     assert learned["loss"] <= 0.35 * uniform["loss"]
     assert learned["spearman"] >= 0.9
+
+
+def unexplained(method, update):
+    """What 300 steps leave of an update of one layer that is planted, as a share of its squared norm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    with torch.no_grad():
+        planted = nn.Parameter(torch.zeros(64, 64))
+        cases.move(planted, update(4))
+        wanted = (model[0].weight + planted).t()
+    adapters = apply_lora(model, method, "all-linear")
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-2, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    for _ in range(300):
+        left = (model(torch.eye(64)) - wanted).square().sum() / planted.detach().square().sum()
+        left.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return left.item()
+
+
+def test_sinc_update_fits_a_full_rank_update_that_lora_of_its_size_cannot():
+    """A sine of the elements of a product of rank 4: of rank 64, and no matrix of rank 4 is near it."""
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(cases.elementwise(4)).square()
+    assert values[-1] > 0 and values[4:].sum() / values.sum() > 0.25
+    lora, sinc = (unexplained(method, cases.elementwise) for method in (FixedRank(4), SincUpdate(4)))
+    assert lora > 0.25 and sinc < 0.5 * lora
+    assert unexplained(SincUpdate(4), cases.low_rank) < 1e-3  # and a product itself as LoRA does
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("case", ["dense-elementwise", "dense-equal"])
+def test_sinc_update_on_the_planted_networks(case, seed):
+    """docs/sinc.md has the table."""
+    lora, sinc = (run(case, seed, method).loss for method in ("uniform", "sinc"))
+    assert sinc < 0.85 * lora if case == "dense-elementwise" else max(sinc, lora) < 1e-3
 
 
 def test_every_arm_of_experts_spends_the_budget(monkeypatch, tmp_path, capsys):

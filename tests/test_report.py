@@ -65,6 +65,19 @@ def test_a_layer_without_a_module_leaves_its_cell_empty():
     assert RankMatrix.of(ranks).mean("1", "mlp") is None
 
 
+def test_stable_ranks_have_a_decimal():
+    """As Adapters.ranks() gives them, tensors beside those of other methods."""
+    ranks = decoder([[1, 4, torch.tensor(7.26)], [2, torch.tensor(8, dtype=torch.int32), torch.tensor(0.0)]])
+    assert show(rank_table(ranks))[-3:-1] == [
+        ["0", "1", "4", "7.3", "2.5", "7.3"],
+        ["1", "2", "8", "0.0", "5.0", "0.0"],
+    ]
+    up = {name: rank for name, rank in ranks.items() if "up" in name}
+    rest = {name: rank for name, rank in ranks.items() if "up" not in name}
+    what = [RankMatrix.of(own).what for own in (up, rest, ranks)]
+    assert what == ["stable rank", "rank", "rank, or stable rank x.x"]
+
+
 def test_heatmap_draws_every_rank(tmp_path, monkeypatch):
     drawn = []
     from matplotlib.axes import Axes

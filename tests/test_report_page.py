@@ -13,7 +13,7 @@ from selenium.webdriver.common.keys import Keys
 
 from lrlora_ops.finetune.page import render
 from lrlora_ops.finetune.runs import read_runs
-from tests._runs import GROWING, LEARNED, rewritten, train_run
+from tests._runs import GROWING, LEARNED, MIXED, rewritten, train_run
 
 pytestmark = pytest.mark.slow
 SWITCHES = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,1000")
@@ -68,10 +68,10 @@ def find(page, selector):
     return page.find_elements(By.CSS_SELECTOR, selector)
 
 
-def numbers(page, title):
+def numbers(page, title, number=int):
     """The numbers in the cells of the heatmap with this title, in reading order."""
     [panel] = [own for own in find(page, "#maps .panel") if own.text.startswith(title)]
-    return [int(cell.text) for cell in panel.find_elements(By.CSS_SELECTOR, ".number")]
+    return [number(cell.text) for cell in panel.find_elements(By.CSS_SELECTOR, ".number")]
 
 
 def in_reading_order(cells, ranks):
@@ -166,6 +166,29 @@ def test_the_page_never_scrolls_sideways(browser, runs, tmp_path, width):
         for button in find(page, "#switch button"):
             button.click()
             assert page.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_stable_ranks_have_heatmaps_and_charts_of_their_own(browser, runs, tmp_path):
+    train_run(MIXED, tmp_path / "mixed")
+    [mixed] = read_runs([tmp_path / "mixed"])
+    for page in visited(browser, [mixed, runs[0]], tmp_path):
+        maps = json.loads(find(page, "#data")[0].get_attribute("textContent"))["runs"][0]["maps"]
+        stable = in_reading_order(maps[1]["cells"], mixed.stable_ranks)
+        assert numbers(page, "Stable rank by layer and module", float) == pytest.approx(stable, abs=0.051)
+        assert numbers(page, "Rank by layer and module") == [3] * 6
+        growth = [own.text for own in find(page, "#growth h3")]
+        for title in ("Rank of mlp: mean", "Stable rank of self_attn: mean", "Mean stable rank of each layer"):
+            assert any(own.startswith(title) for own in growth)
+        overview = [own.text.partition(":")[0] for own in find(page, "#overview h3")]
+        assert overview == ["Training loss, smoothed", "Rank", "Stable rank"]
+        heads = [own.text for own in find(page, "#all h3")]
+        assert "mixed: stable rank by layer and module" in heads and "learned: rank by layer and module" in heads
+        assert (
+            "mean stable rank" in find(page, "#table")[0].text
+            and "it makes whole weights" in find(page, "#cost")[0].text
+        )
+        find(page, "#switch button")[1].click()
+        assert not any(own.text.startswith("Stable") for own in find(page, "#maps h3, #growth h3"))
 
 
 def test_a_run_without_a_step_and_one_without_sizes_say_so(browser, runs, tmp_path):

@@ -12,11 +12,12 @@ from lrlora_ops._checkpoint import STATE_FILE
 from lrlora_ops.cli import app
 from lrlora_ops.finetune.gpus import GPUS
 from lrlora_ops.finetune.page import losses, page_data, render, smoothed, thinned
+from lrlora_ops.finetune.pictures import draw_run, draw_runs
 from lrlora_ops.finetune.run_costs import run_costs
 from lrlora_ops.finetune.runs import Run, read_runs
 from lrlora_ops.plan import owned, peft
 from tests._cli import assert_one_line
-from tests._runs import GROWING, LEARNED, STEPS, rewritten, train_run
+from tests._runs import GROWING, LEARNED, MIXED, STEPS, rewritten, train_run
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,31 @@ def test_every_cell_shows_the_rank_that_the_adapters_have(runs):
         for row, places in zip(cells["rows"], cells["cells"], strict=True)
     }
     assert shown == saved_ranks(runs[1]) and len(shown) == 2
+
+
+def test_stable_ranks_have_maps_parts_and_pictures_of_their_own(tmp_path):
+    train_run(MIXED, tmp_path / "run")
+    [run] = read_runs([tmp_path])
+    data = page_data([run], "H200")["runs"][0]
+    assert [cells["what"] for cells in data["maps"]] == ["rank", "stable rank"]
+    last, saved = data["snapshots"][-1], run.by_adapter(run.stable_ranks)
+    for cells, key, layers in zip(data["maps"], ("ranks", "stable_ranks"), (6, 8), strict=True):
+        shown = {
+            f"model.layers.{row}.{column['part']}.{column['name']}": [last[key][place]]
+            for row, places in zip(cells["rows"], cells["cells"], strict=True)
+            for column, place in zip(cells["columns"], places, strict=True)
+        }
+        expected = {name: [3] for name in run.adapters["rank"]} if key == "ranks" else saved
+        assert shown == {name: expected[name] for name in run.adapters[cells["what"]]} and len(shown) == layers
+    mlp, attention = data["parts"]
+    assert (mlp["name"], mlp["what"], mlp["ranks"][-1]) == ("mlp", "rank", [3, 3, 3])
+    own = [ranks[0] for name, ranks in saved.items() if "self_attn" in name]
+    assert (attention["name"], attention["what"]) == ("self_attn", "stable rank")
+    assert attention["ranks"][-1] == [min(own), pytest.approx(sum(own) / 8), max(own)] == data["summary"]["stable"]
+    assert data["summary"]["rank"] == [2, pytest.approx((6 * 3 + 8 * 2) / 14), 3]
+    assert "not computed: it makes whole weights" in data["costs"]["reason"]
+    pictures = {path.name for path in draw_run(run, tmp_path, "run") + draw_runs([run], tmp_path)}
+    assert pictures == {"ranks-run.png", "stable-ranks-run.png", "growth.png"}
 
 
 def test_routing_stands_beside_the_experts_it_is_of(runs):
@@ -160,7 +186,9 @@ def test_a_run_with_gaps_has_a_page(output, tmp_path, change, ended, points, cos
     assert run["summary"]["ended"] == ended
     assert len(run["loss"]) == points
     assert run["snapshots"][0]["ranks"] == [1] * 8
-    assert ("arms" in run["costs"]) == costs and (costs or run["costs"] == {"reason": "quantised"})
+    assert ("arms" in run["costs"]) == costs and (
+        costs or run["costs"]["reason"].endswith("layers are not known: quantised")
+    )
 
 
 def report(*words):

@@ -19,7 +19,8 @@ from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.evaluate import bits_per_byte
 from lrlora_ops.finetune.history import History, traced_layers
 from lrlora_ops.finetune.machine import describe
-from lrlora_ops.finetune.progress import rank_list, training_progress
+from lrlora_ops.finetune.progress import training_progress
+from lrlora_ops.finetune.ranks import known, rank_list, stable_rank_list
 from lrlora_ops.finetune.routing import routing_shares
 from lrlora_ops.finetune.tokens import EncodedExamples, EncodedText, batches
 from lrlora_ops.finetune.trainer import Recipe, Trainer
@@ -136,14 +137,20 @@ class Arm:
         return rank_list(self.adapters)
 
     @property
-    def rank_by_layer(self) -> dict[str, int]:
-        """The rank of every layer by name, for layers that have one rank each."""
-        return {name: int(rank) for name, rank in self.adapters.ranks().items() if rank.dim() == 0}
+    def stable_ranks(self) -> list[float]:
+        """Of every layer that a ``SincUpdate`` moves, or of every expert in it."""
+        return known(stable_rank_list(self.adapters))
+
+    @property
+    def rank_by_layer(self) -> dict[str, int | float]:
+        """The rank of every layer by name, for layers that have one rank each; a float for a stable rank."""
+        return {name: rank.item() for name, rank in self.adapters.ranks().items() if rank.dim() == 0}
 
     @property
     def expert_ranks(self) -> dict[str, Tensor]:
         """int32 ``[E]`` on the host: the ranks of the experts, for layers that have them."""
-        return {name: ranks.cpu() for name, ranks in self.adapters.ranks().items() if ranks.dim() == 1}
+        tables = {name: own.table for name, own in self.adapters.modules.items() if "" not in own.pools()}
+        return {name: table.ranks.cpu() for name, table in tables.items()}
 
     @property
     def expert_map(self) -> ExpertMap | None:
@@ -182,13 +189,11 @@ class Arm:
         trainer = trainer or self.trainer()
         stream = islice(batches(texts.train, texts.seq_len, steps, seed), trainer.steps, None)
         history = self._history(texts, seed, directory, before, trainer.steps)
-        with training_progress(
-            console, self.plan.name, steps, texts.tokens_per_step, self.adapters, trainer.steps
-        ) as show:
+        with training_progress(console, self.plan.name, steps, texts.tokens_per_step, trainer.steps) as show:
 
             def on_step(loss: float) -> None:
                 history.on_step(loss)
-                show(loss)
+                show(loss, history.shown_ranks())
                 after_step()
 
             start = time.perf_counter()

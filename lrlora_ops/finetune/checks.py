@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lrlora_ops.finetune.arm import Arm, ArmPlan, Texts
 from lrlora_ops.finetune.errors import CheckFailed
-from lrlora_ops.finetune.progress import rank_list
+from lrlora_ops.finetune.ranks import rank_list
 from lrlora_ops.finetune.tokens import batches
 from lrlora_ops.finetune.trainer import Recipe, batch_loss
 
@@ -19,11 +19,20 @@ OTHER_SEED = -1  # of adapters whose values are about to be replaced, so that no
 
 
 def same_budget(arms: Sequence[Arm]) -> dict[str, bool]:
-    """Whether the arms have equal numbers of parameters and equal sums of ranks."""
+    """Whether the arms have equal numbers of parameters and equal sums of ranks; a few coefficients are left out."""
     names = ", ".join(arm.plan.name for arm in arms)
-    parameters, ranks = [arm.parameters for arm in arms], [sum(arm.ranks) for arm in arms]
+    ranks = [sum(arm.ranks) for arm in arms]
+    parameters = [
+        sum(p.numel() for name, p in arm.adapters.named_parameters() if not name.endswith(".coefficients"))
+        for arm in arms
+    ]
+    more = [
+        f", and {c} coefficients of {arm.plan.name}"
+        for arm, p in zip(arms, parameters, strict=True)
+        if (c := arm.parameters - p)
+    ]
     return {
-        f"{names}: {parameters[0]:,} adapter parameters each": len(set(parameters)) == 1,
+        f"{names}: {parameters[0]:,} adapter parameters each{''.join(more)}": len(set(parameters)) == 1,
         f"{names}: ranks that sum to {ranks[0]:,} each": len(set(ranks)) == 1,
     }
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from lrlora_ops import DynamicRank, FixedRank, LearnedRank
+from lrlora_ops import DynamicRank, FixedRank, LearnedRank, SincUpdate
 from lrlora_ops.methods import Method
 
-METHODS: dict[str, Any] = {"fixed": FixedRank, "learned": LearnedRank, "dynamic": DynamicRank}
+METHODS: dict[str, Any] = {"fixed": FixedRank, "learned": LearnedRank, "dynamic": DynamicRank, "sinc": SincUpdate}
 OF_THE_RUN = ("total_steps", "seed")  # settings of methods that are the run's own: steps and seed
 
 

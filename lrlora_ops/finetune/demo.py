@@ -94,7 +94,7 @@ def run_demo(experiment: Experiment, settings: DemoSettings, console: Console) -
     pictures = draw_ranks(planned[1:], settings.output)
     print_checks(console, check(planned, base, texts.tuning, settings))
     names = ", ".join(picture.name for picture in pictures)
-    console.print(f"  {settings.output}: base/ is the model, adapters/ what was trained, {names} the heatmap")
+    console.print(f"  {settings.output}: base/ is the model, adapters/ what was trained; heatmaps: {names}")
     console.print(f"  where the rank went: lrlora report {settings.output}", highlight=False, soft_wrap=True)
     console.print(f"  {time.perf_counter() - start:.0f} s in all, {peak_memory(device)}")
     return {"before": before, **{arm.plan.name: arm.bits for arm in arms}}

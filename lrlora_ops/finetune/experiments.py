@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
-from lrlora_ops import DynamicRank, FixedRank, LearnedRank
+from lrlora_ops import DynamicRank, FixedRank, LearnedRank, SincUpdate
 from lrlora_ops.finetune.arm import Arm, ArmPlan
 from lrlora_ops.finetune.controls import on_wrong_experts
 from lrlora_ops.finetune.demo_texts import VOCAB_SIZE
@@ -51,7 +51,8 @@ class Experiment:
 
 
 def dense(seed: int) -> Experiment:
-    """A Llama of 1 million parameters: fixed against learned ranks of its linear layers.
+    """A Llama of 1 million parameters: fixed against learned ranks of its linear layers, and against fixed ranks with a
+    learned function of each element, one for all layers.
 
     Every projection maps 128 features to 256 or 256 to 128, so equal sums of ranks are equal numbers of parameters,
     wherever the ranks are.
@@ -64,6 +65,7 @@ def dense(seed: int) -> Experiment:
         plans=(
             ArmPlan("FixedRank", lambda _: FixedRank(4)),
             ArmPlan("LearnedRank", lambda steps: LearnedRank(4, 16, steps, freeze=0.6, seed=seed)),
+            ArmPlan("SincUpdate", lambda _: SincUpdate(4, share="global")),
         ),
     )
 

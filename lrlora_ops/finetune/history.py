@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from lrlora_ops import Adapters
 from lrlora_ops._trace import trace
-from lrlora_ops.finetune.progress import rank_list
+from lrlora_ops.finetune.ranks import StableRanks, known, rank_list, spread, stable_rank_list
 from lrlora_ops.finetune.runs import FILE, VERSION
 from lrlora_ops.rank_table import RankTable
 
@@ -45,6 +45,7 @@ class History:
         self.steps, self.step = steps, first_step
         self._stride = -(-steps // SNAPSHOTS)
         self._sensitivities: list[float | None] = []
+        self._stable: StableRanks | None = None
         if not first_step:
             self.path.unlink(missing_ok=True)
         elif self.path.exists():
@@ -52,6 +53,7 @@ class History:
 
     def begin(self, **fields: Any) -> None:
         """Write the first line: these fields, and what is known of the adapters."""
+        ranks = self._read_ranks()
         self._write(
             {
                 "history": VERSION,
@@ -61,7 +63,7 @@ class History:
                 "first_step": self.step,
                 "methods": [{"method": type(m).__name__, "settings": asdict(m)} for m, _ in self.adapters.methods],  # type: ignore[call-overload]
                 "adapters": {name: module.settings() for name, module in self.adapters.modules.items()},
-                "ranks": rank_list(self.adapters),
+                **ranks,
             }
         )
         self._last = time.perf_counter()
@@ -87,9 +89,20 @@ class History:
         self.step += 1
         line: dict[str, Any] = {"step": self.step, "loss": _number(loss), "seconds": _number(now - self._last)}
         if due:
-            line |= {"ranks": rank_list(self.adapters), "sensitivity": self._sensitivities}
+            line |= self._read_ranks() | {"sensitivity": self._sensitivities}
         self._write(line)
         self._last = now
+
+    def _read_ranks(self) -> dict[str, list[Any]]:
+        self._stable = stable_rank_list(self.adapters)
+        return {"ranks": rank_list(self.adapters)} | ({} if self._stable is None else {"stable_ranks": self._stable})
+
+    def shown_ranks(self) -> str:
+        """For a line on the terminal: the ranks of now, or the stable ranks last recorded if there are no others."""
+        ranks = rank_list(self.adapters)
+        stable = self._stable or [None] * len(ranks)
+        live = [rank for rank, own in zip(ranks, stable, strict=True) if own is None]
+        return f"ranks {spread(live)}" if live else f"stable ranks {spread(known(stable))}"
 
     def end(self, **results: Any) -> None:
         """Write the last line."""
@@ -109,9 +122,14 @@ class History:
 def sensitivities(adapters: Adapters, loss_scale: float | Tensor = 1.0) -> list[float | None]:
     """The sum of ``|dL/dm|`` over the live components of every layer, or of every expert in it, as ``ranks`` has them.
 
-    What is at stake with the components of a group, to first order, in the unit of the loss. None if it is not finite.
+    What is at stake with the components of a group, to first order, in the unit of the loss. None if it is not finite,
+    or not known, as of the components of a ``SincUpdate``.
     """
-    groups = [_group_sensitivity(module.table).cpu() for module in adapters.modules.values()]
+    unknown = torch.tensor(math.nan)
+    groups = [
+        _group_sensitivity(own.table).cpu() if own.reports_sensitivity else unknown.expand(own.table.num_experts)
+        for own in adapters.modules.values()
+    ]
     return [_number(value / float(loss_scale), 4) for value in torch.cat(groups).tolist()]
 
 

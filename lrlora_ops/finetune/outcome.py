@@ -13,13 +13,16 @@ from rich.table import Table
 
 from lrlora_ops.expert_map import expert_heatmap, expert_panels
 from lrlora_ops.finetune.arm import Arm
-from lrlora_ops.finetune.progress import spread
+from lrlora_ops.finetune.ranks import spread
 from lrlora_ops.report import heatmap, rank_table
 
 
 def print_results(console: Console, before: dict[str, float], arms: Sequence[Arm]) -> None:
     """Bits per byte before and after each method, and what each took."""
     notes = ["MB held: adapters, their gradients and Adam's moments"]
+    stable = [arm.stable_ranks for arm in arms]
+    if any(stable):
+        notes.append("stable rank: ||dW||_F^2 / ||dW||_2^2 of an update dW that SincUpdate learned")
     if any(arm.expert_map for arm in arms):
         notes.append("token-weighted rank: of the expert that a row of the texts trained on is sent to, in the mean")
     table = Table(
@@ -39,6 +42,7 @@ def print_results(console: Console, before: dict[str, float], arms: Sequence[Arm
         "adapter parameters": [f"{arm.parameters:,}" for arm in arms],
         "sum of ranks": [f"{sum(arm.ranks):,}" for arm in arms],
         "rank min/avg/max": [spread(arm.ranks) for arm in arms],
+        "stable rank min/avg/max": [spread(own) if own else "" for own in stable] if any(stable) else [],
         "token-weighted rank": [f"{rank:.1f}" for arm in arms if (rank := token_weighted_rank(arm)) is not None],
         "training seconds": [f"{arm.seconds:.1f}" for arm in arms],
         "MB held at the start": [f"{arm.held[0] / 1e6:.2f}" for arm in arms],
@@ -74,22 +78,33 @@ def compare(baseline: float, bits: float) -> str:
 
 def print_ranks(console: Console, arm: Arm) -> None:
     """The ranks of every layer and module, and those of every expert beside what is routed to it."""
-    if arm.rank_by_layer:
-        console.print(rank_table(arm.rank_by_layer, f"Ranks of {arm.plan.name}"))
+    for what, ranks in by_kind(arm).items():
+        console.print(rank_table(ranks, f"{what.capitalize()}s of {arm.plan.name}"))
     if arm.expert_map:
         console.print(f"Experts of {arm.plan.name}", style="italic", highlight=False)
         console.print(Columns(expert_panels(arm.expert_map), padding=(0, 3)))
 
 
+def by_kind(arm: Arm) -> dict[str, dict[str, int | float]]:
+    """The ranks of layers, and the stable ranks of those that have such, by name; what there is of the two."""
+    kinds: dict[str, dict[str, int | float]] = {}
+    for name, rank in arm.rank_by_layer.items():
+        kinds.setdefault("stable rank" if isinstance(rank, float) else "rank", {})[name] = rank
+    return kinds
+
+
 def draw_ranks(arms: Sequence[Arm], directory: Path) -> list[Path]:
-    """The same as pictures: ``ranks.png``, the last arm's layers and modules, and ``experts.png``, all arms' experts.
+    """The same as pictures: layers and modules of the last arm that has such ranks, and all arms' experts.
 
     Returns:
-        What was written; a model without adapted experts, or without any other adapted layer, has one of them.
+        What was written, as far as the arms have it: ``ranks.png``, ``stable-ranks.png``, ``experts.png``.
     """
-    ranks, experts = directory / "ranks.png", directory / "experts.png"
-    if arms[-1].rank_by_layer:
-        heatmap(arms[-1].rank_by_layer, ranks, f"{arms[-1].plan.name}: rank by layer and module")
+    drawn = {}
+    for arm in arms:
+        for what, ranks in by_kind(arm).items():
+            drawn[directory / f"{what.replace(' ', '-')}s.png"] = ranks, f"{arm.plan.name}: {what} by layer and module"
+    for path, (ranks, title) in drawn.items():
+        heatmap(ranks, path, title)
     if maps := {arm.plan.name: own for arm in arms if (own := arm.expert_map)}:
-        expert_heatmap(maps, experts)
-    return [*([ranks] if arms[-1].rank_by_layer else []), *([experts] if maps else [])]
+        expert_heatmap(maps, directory / "experts.png")
+    return [*drawn, *([directory / "experts.png"] if maps else [])]

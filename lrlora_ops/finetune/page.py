@@ -13,11 +13,13 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex
 
 import lrlora_ops
 from lrlora_ops.expert_map import ExpertMap
+from lrlora_ops.finetune.ranks import known
 from lrlora_ops.finetune.run_costs import run_costs
 from lrlora_ops.finetune.runs import Run
 from lrlora_ops.report import RankMatrix
 
 LOSSES, SNAPSHOTS, NUMBERS = 400, 100, 400_000  # at most, of a run: points of its curve, steps shown, ranks in all
+RANKS = {"rank": "ranks", "stable rank": "stable_ranks"}  # by what a map shows: where a snapshot has it
 # Sequential and of monotone lightness, so that they are read without hues; zero is near the colour of the page.
 COLORS: dict[str, dict[str, Colormap]] = {
     "rank": {"light": colormaps["viridis"], "dark": colormaps["viridis"]},
@@ -61,7 +63,7 @@ def run_data(run: Run, gpu: str) -> dict[str, Any]:
         "maxRank": run.max_rank,
         "snapshots": snapshots,
         "maps": maps,
-        "parts": parts(maps, [line["ranks"] for line in snapshots]),
+        "parts": parts(maps, snapshots),
         "costs": run_costs(run, gpu),
     }
 
@@ -72,7 +74,7 @@ def smoothed(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for index, line in enumerate(lines):
         recent = [own["sensitivity"] for own in lines[max(0, index - 4) : index + 1] if own.get("sensitivity")]
         mean = [_mean_of_known(values) for values in zip(*recent, strict=True)] or None
-        kept.append({"step": line["step"], "ranks": line["ranks"], "sensitivity": mean})
+        kept.append({key: line.get(key) for key in ("step", "ranks", "stable_ranks")} | {"sensitivity": mean})
     return kept
 
 
@@ -83,7 +85,7 @@ def _mean_of_known(values: Sequence[float | None]) -> float | None:
 
 def summary(run: Run) -> dict[str, Any]:
     """Of the table of runs: what was set, what came of it, None for what a run that has not ended does not know."""
-    end = run.end or {}
+    end, stable = run.end or {}, known(run.stable_ranks)
     return {
         "method": run.method,
         "machine": run.start["machine"],
@@ -94,6 +96,7 @@ def summary(run: Run) -> dict[str, Any]:
         "ended": run.end is not None,
         "rank": [min(run.ranks), statistics.fmean(run.ranks), max(run.ranks)],
         "sum": sum(run.ranks),
+        "stable": _spread(stable) if stable else None,
         "parameters": end.get("parameters"),
         "before": run.start["before"],
         "bits": end.get("bits", {}),
@@ -122,52 +125,61 @@ def thinned(lines: Sequence[Any], most: int) -> list[Any]:
 def heatmaps(run: Run) -> list[dict[str, Any]]:
     """Linear layers by layer and module, experts by layer and expert: where in the flat ranks each cell's is.
 
-    Cells are None where a layer has no such module. Experts have the share of each text's rows beside them.
+    Layers that have stable ranks have maps of their own. Cells are None where a layer has no such module. Experts have
+    the share of each text's rows beside them.
     """
-    places = run.by_adapter(range(len(run.ranks)))
-    linear = {name: own[0] for name, own in places.items() if run.num_experts[name] == 1}
-    experts = {name: torch.tensor(own) for name, own in places.items() if run.num_experts[name] > 1}
-    found = []
-    if linear:
-        matrix = RankMatrix.of(linear)
-        columns = [{"part": group or "others", "name": module} for group, module in matrix.columns]
-        cells = [[matrix.ranks.get((row, column)) for column in matrix.columns] for row in matrix.rows]
-        found.append({"kind": "module", "rows": matrix.rows, "columns": columns, "cells": cells, "shares": {}})
-    if experts:
-        routing = (run.end or {}).get("routing", {})
-        arranged = ExpertMap.of(
-            experts, {text: {name: torch.tensor(of[name]).double() for name in experts} for text, of in routing.items()}
-        )
-        width = arranged.num_experts
-        found.append(
-            {
-                "kind": "expert",
-                "rows": arranged.layers,
-                "columns": [{"part": "experts", "name": str(index)} for index in range(width)],
-                "cells": [row + [None] * (width - len(row)) for row in arranged.ranks],
-                "shares": arranged.shares,
-            }
-        )
+    places, found = run.by_adapter(range(len(run.ranks))), []
+    for what, names in run.adapters.items():
+        shown = {name: places[name] for name in names}
+        linear = {name: own[0] for name, own in shown.items() if run.num_experts[name] == 1}
+        experts = {name: torch.tensor(own) for name, own in shown.items() if run.num_experts[name] > 1}
+        found += [_module_map(what, linear)] if linear else []
+        found += [_expert_map(what, experts, run)] if experts else []
     return found
 
 
-def parts(maps: Sequence[dict[str, Any]], history: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+def _module_map(what: str, linear: dict[str, int]) -> dict[str, Any]:
+    matrix = RankMatrix.of(linear)
+    columns = [{"part": group or "others", "name": module} for group, module in matrix.columns]
+    cells = [[matrix.ranks.get((row, column)) for column in matrix.columns] for row in matrix.rows]
+    return {"kind": "module", "what": what, "rows": matrix.rows, "columns": columns, "cells": cells, "shares": {}}
+
+
+def _expert_map(what: str, experts: dict[str, torch.Tensor], run: Run) -> dict[str, Any]:
+    routing = (run.end or {}).get("routing", {})
+    arranged = ExpertMap.of(
+        experts, {text: {name: torch.tensor(of[name]).double() for name in experts} for text, of in routing.items()}
+    )
+    width = arranged.num_experts
+    return {
+        "kind": "expert",
+        "what": what,
+        "rows": arranged.layers,
+        "columns": [{"part": "experts", "name": str(index)} for index in range(width)],
+        "cells": [row + [None] * (width - len(row)) for row in arranged.ranks],
+        "shares": arranged.shares,
+    }
+
+
+def parts(maps: Sequence[dict[str, Any]], history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Attention, MLP, experts: of each part of the layers, ``[lowest, mean, highest]`` rank in each snapshot."""
-    members: dict[str, list[int]] = {}
+    members: dict[tuple[str, str], list[int]] = {}
     for cells in maps:
         for row in cells["cells"]:
             for column, place in zip(cells["columns"], row, strict=True):
                 if place is not None:
-                    members.setdefault(column["part"], []).append(place)
+                    members.setdefault((cells["what"], column["part"]), []).append(place)
     return [
         {
             "name": name,
+            "what": what,
             "count": len(places),
-            "ranks": [[min(own), statistics.fmean(own), max(own)] for own in _chosen(history, places)],
+            "ranks": [_spread([line[RANKS[what]][place] for place in places]) for line in history],
         }
-        for name, places in members.items()
+        for (what, name), places in members.items()
     ]
 
 
-def _chosen(history: Sequence[Sequence[int]], places: Sequence[int]) -> list[list[int]]:
-    return [[ranks[place] for place in places] for ranks in history]
+def _spread(ranks: Sequence[float | None]) -> list[float | None]:
+    own = known(ranks)
+    return [min(own), statistics.fmean(own), max(own)] if own else [None] * 3

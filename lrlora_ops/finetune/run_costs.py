@@ -18,11 +18,17 @@ def run_costs(run: Run, gpu: str) -> dict[str, Any]:
         gpu: A key of ``GPUS``.
 
     Returns:
-        ``{"gpu": ..., "arms": [...], "frozen": ms}``, or ``{"reason": ...}`` if the run does not have the sizes.
+        ``{"gpu": ..., "arms": [...], "frozen": ms}``, or ``{"reason": ...}`` if the run does not have the sizes, or has
+        updates that are no LoRA.
     """
     layers = run.layers
+    if run.adapters["stable rank"]:
+        return {
+            "reason": "What a SincUpdate costs is not computed: it makes whole weights in place of low-rank products."
+        }
     if not layers:
-        return {"reason": run.start.get("no_layers", "the history does not have the sizes of the layers")}
+        reason = run.start.get("no_layers", "the history does not have them")
+        return {"reason": f"The sizes of this model's layers are not known: {reason}"}
     by_layer = run.by_adapter(run.ranks)
     ranks = [by_layer[layer.name] for layer in layers]
     means, largest = [statistics.fmean(own) for own in ranks], [max(own) for own in ranks]

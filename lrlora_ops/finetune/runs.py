@@ -67,13 +67,25 @@ class Run:
     @property
     def snapshots(self) -> list[dict[str, Any]]:
         """The lines with ranks, and what was before the first step."""
-        before = {"step": self.first_step, "ranks": self.start["ranks"]}
-        return [before, *(step for step in self.steps if "ranks" in step)]
+        first = {key: own for key, own in self.start.items() if key in ("ranks", "stable_ranks")}
+        return [{"step": self.first_step} | first, *(step for step in self.steps if "ranks" in step)]
 
     @property
     def ranks(self) -> list[int]:
         """The last that are known, of every layer, or of every expert in it."""
         return self.snapshots[-1]["ranks"]
+
+    @property
+    def stable_ranks(self) -> list[float | None]:
+        """As ``ranks``, of what a ``SincUpdate`` learned; None elsewhere."""
+        return self.snapshots[-1].get("stable_ranks") or [None] * len(self.ranks)
+
+    @property
+    def adapters(self) -> dict[str, list[str]]:
+        """Their names by what is shown of them: the "rank", or the "stable rank" of what a ``SincUpdate`` learns."""
+        first = self.by_adapter(self.start.get("stable_ranks") or [None] * len(self.ranks))
+        stable = [name for name, ranks in first.items() if None not in ranks]
+        return {"rank": [name for name in first if name not in stable], "stable rank": stable}
 
     @property
     def layers(self) -> list[Layer]:
@@ -172,6 +184,8 @@ def _checked(start: dict[str, Any]) -> dict[str, Any]:
     experts = sum(settings["num_experts"] for settings in start["adapters"].values())
     if len(start["ranks"]) != experts or not experts:
         raise ValueError(f"{len(start['ranks'])} ranks of {experts} layers and experts")
+    if len(start.get("stable_ranks", start["ranks"])) != experts:
+        raise ValueError(f"{len(start['stable_ranks'])} stable ranks of {experts} layers and experts")
     for key in ("name", "machine", "started", "steps", "tokens", "before", "methods"):
         start[key]
     return start

@@ -19,6 +19,14 @@ function runsTable() {
   const columns = [
     ["run", null],
     ["mean rank (lowest to highest)", run => `${short(run.rank[1])} (${run.rank[0]} to ${run.rank[2]})`],
+    ...(RUNS.some(run => run.summary.stable)
+      ? [
+          [
+            "mean stable rank",
+            run => (run.stable ? `${short(run.stable[1])} (${short(run.stable[0])} to ${short(run.stable[2])})` : "–"),
+          ],
+        ]
+      : []),
     ["adapter parameters", run => (run.parameters === null ? "–" : count(run.parameters))],
     ...texts.map(text => [`bits per byte, ${text}`, run => run.bits[text], run => run.before[text]]),
     ["training time", run => duration(run.seconds)],
@@ -72,12 +80,16 @@ function overview() {
     show: value => value.toFixed(3),
     series: RUNS.map((run, index) => ({ ...line(run, index), points: averaged(run.loss), faint: run.loss })),
   });
-  lineChart(byId("overview"), {
-    title: "Rank: mean, band from lowest to highest",
-    unit: "rank",
-    fromZero: true,
-    series: RUNS.map((run, index) => ({ ...line(run, index), dash: seriesDash(index), ...spreadOverTime(run) })),
-  });
+  for (const [what, word] of Object.entries(WORD)) {
+    if (!RUNS.some(run => places(run, what).length)) continue;
+    const over = (run, index) => ({ ...line(run, index), dash: seriesDash(index), ...spreadOverTime(run, what) });
+    lineChart(byId("overview"), {
+      title: `${word}: mean, band from lowest to highest`,
+      unit: what,
+      fromZero: true,
+      series: RUNS.map(over).filter((_, index) => places(RUNS[index], what).length),
+    });
+  }
 }
 
 // Means over a twentieth of the run, at most, that ends there.
@@ -93,19 +105,19 @@ function averaged(points) {
 function sideBySide() {
   if (RUNS.length === 1) return;
   const box = put(byId("all"), "div", { class: "panels" }),
-    most = max(RUNS.map(highest)),
     room = Math.min(350, byId("all").clientWidth);
   for (const run of RUNS)
     for (const map of run.maps) {
       const last = run.snapshots.length - 1,
-        values = map.cells.map(row => row.map(place => (place === null ? null : run.snapshots[last].ranks[place])));
+        ranks = ranksOf(run, last, map.what),
+        values = map.cells.map(row => row.map(place => (place === null ? null : ranks[place])));
       const tell = (tip, row, column) => tellCell(tip, run, map, row, column, last);
       heatmap(box, {
         map,
-        title: `${run.label}: rank by layer and ${map.kind}`,
+        title: `${run.label}: ${map.what} by layer and ${map.kind}`,
         what: "rank",
-        most,
-        show: count,
+        most: max(RUNS.map(other => highest(other, map.what))),
+        show: shown[map.what],
         unit: "",
         tell,
         room,
@@ -114,16 +126,14 @@ function sideBySide() {
     }
 }
 
-function spreadOverTime(run) {
-  if (!run.summary.done) return { points: [] };
-  return {
-    points: run.snapshots.map(own => [own.step, mean(own.ranks)]),
-    band: run.snapshots.map(own => [
-      own.step,
-      own.ranks.reduce((least, rank) => Math.min(least, rank)),
-      max(own.ranks),
-    ]),
-  };
+function spreadOverTime(run, what) {
+  const own = places(run, what);
+  if (!run.summary.done || !own.length) return { points: [] };
+  const band = run.snapshots.map(({ step }, index) => {
+    const ranks = own.map(place => ranksOf(run, index, what)[place]);
+    return [step, ranks.reduce((least, rank) => Math.min(least, rank)), max(ranks), mean(ranks)];
+  });
+  return { points: band.map(([step, , , average]) => [step, average]), band };
 }
 
 function runSwitch() {

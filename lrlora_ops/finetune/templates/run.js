@@ -47,15 +47,15 @@ function timeControl(run, paint) {
 function panels(run, map) {
   const box = put(byId("maps"), "div", { class: "panels" }),
     room = Math.max(220, byId("maps").clientWidth);
-  const shown = { at: run.snapshots.length - 1 };
-  const common = { map, room, tell: (tip, row, column) => tellCell(tip, run, map, row, column, shown.at) };
+  const painted = { at: run.snapshots.length - 1 };
+  const common = { map, room, tell: (tip, row, column) => tellCell(tip, run, map, row, column, painted.at) };
   const spread = values => map.cells.map(row => row.map(place => (place === null || !values ? null : values[place])));
   const paintRank = heatmap(box, {
     ...common,
-    title: `Rank by layer and ${map.kind}`,
+    title: `${WORD[map.what]} by layer and ${map.kind}`,
     what: "rank",
-    most: highest(run),
-    show: count,
+    most: highest(run, map.what),
+    show: shown[map.what],
     unit: "",
   });
   const texts = Object.entries(map.shares),
@@ -74,8 +74,8 @@ function panels(run, map) {
   }
   const paints = [
     index => {
-      shown.at = index;
-      paintRank(spread(run.snapshots[index].ranks));
+      painted.at = index;
+      paintRank(spread(ranksOf(run, index, map.what)));
     },
   ];
   const mostSensitive = max(run.snapshots.map((_, index) => max(sensitivityShares(run, index) ?? [])));
@@ -94,7 +94,19 @@ function panels(run, map) {
   return paints;
 }
 
-const highest = run => max(run.snapshots.map(own => max(own.ranks)));
+// What the numbers of a map are, and how they are shown: live ranks, or what SincUpdate has in their place.
+const WORD = { rank: "Rank", "stable rank": "Stable rank" };
+const shown = { rank: count, "stable rank": value => value.toFixed(1) };
+const ranksOf = (run, index, what) => run.snapshots[index][what === "rank" ? "ranks" : "stable_ranks"];
+const places = (run, what) =>
+  run.maps
+    .filter(map => map.what === what)
+    .flatMap(map => map.cells.flat())
+    .filter(place => place !== null);
+function highest(run, what) {
+  const own = places(run, what);
+  return max(run.snapshots.map((_, index) => max(own.map(place => ranksOf(run, index, what)[place]))));
+}
 
 function sensitivityShares(run, index) {
   const values = run.snapshots[index].sensitivity,
@@ -114,7 +126,9 @@ function tellCell(tip, run, map, row, column, index) {
       ? `layer ${map.rows[row]} · ${part === "others" ? "" : `${part}.`}${name}`
       : `layer ${map.rows[row]} · expert ${name}`,
   );
-  tooltipRow(tip, `rank after step ${count(snapshot.step)}`, `${snapshot.ranks[place]} of at most ${run.maxRank}`);
+  const rank = ranksOf(run, index, map.what)[place],
+    limit = map.what === "rank" ? ` of at most ${run.maxRank}` : "";
+  tooltipRow(tip, `${map.what} after step ${count(snapshot.step)}`, `${rank}${limit}`);
   for (const [text, rows] of Object.entries(map.shares)) tooltipRow(tip, `rows of ${text}`, percent(rows[row][column]));
   const share = sensitivityShares(run, index);
   if (share && share[place] !== null)
@@ -126,8 +140,8 @@ function tellCell(tip, run, map, row, column, index) {
   if (run.snapshots.length > 2)
     sparkline(
       tip,
-      run.snapshots.map(own => own.ranks[place]),
-      highest(run),
+      run.snapshots.map((_, at) => ranksOf(run, at, map.what)[place]),
+      highest(run, map.what),
       index,
     );
 }
@@ -147,17 +161,23 @@ function sparkline(tip, values, most, index) {
 }
 
 function growth(run) {
-  const series = run.parts.map((part, index) => ({
+  for (const what of Object.keys(WORD)) partsOverTime(run, what);
+  if (run.summary.done) for (const map of run.maps) layersOverTime(run, map);
+}
+
+function partsOverTime(run, what) {
+  const parts = run.parts.filter(part => part.what === what);
+  if (!parts.length) return;
+  const series = parts.map((part, index) => ({
     name: `${part.name} (${count(part.count)})`,
     color: seriesColor(run.parts.length > 1 ? index + 3 : current),
     dash: seriesDash(index),
     points: run.summary.done ? run.snapshots.map((own, at) => [own.step, part.ranks[at][1]]) : [],
     band: run.snapshots.map((own, at) => [own.step, part.ranks[at][0], part.ranks[at][2]]),
   }));
-  const names = run.parts.length > 3 ? "the parts of a layer" : run.parts.map(part => part.name).join(" against ");
-  const title = `Rank of ${names}: mean, band from lowest to highest`;
-  lineChart(byId("growth"), { title, unit: "rank", fromZero: true, series });
-  if (run.summary.done) for (const map of run.maps) layersOverTime(run, map);
+  const names = parts.length > 3 ? "the parts of a layer" : parts.map(part => part.name).join(" against ");
+  const title = `${WORD[what]} of ${names}: mean, band from lowest to highest`;
+  lineChart(byId("growth"), { title, unit: what, fromZero: true, series });
 }
 
 function layersOverTime(run, map) {
@@ -167,19 +187,19 @@ function layersOverTime(run, map) {
   const taken = [...new Set(Array.from({ length: wanted }, (_, index) => Math.round((index / (wanted - 1)) * last)))];
   const of = (ranks, row) => map.cells[row].filter(place => place !== null).map(place => ranks[place]);
   const [word, figure] = map.kind === "expert" ? ["Highest", max] : ["Mean", mean];
-  const values = map.rows.map((_, row) => taken.map(index => figure(of(run.snapshots[index].ranks, row))));
+  const values = map.rows.map((_, row) => taken.map(index => figure(of(ranksOf(run, index, map.what), row))));
   const columns = taken.map(index => ({ part: "", name: count(run.snapshots[index].step) }));
   const tell = (tip, row, column) => {
     put(tip, "b", {}, `layer ${map.rows[row]} after step ${columns[column].name}`);
-    tooltipRow(tip, `${word.toLowerCase()} rank`, short(values[row][column]));
+    tooltipRow(tip, `${word.toLowerCase()} ${map.what}`, short(values[row][column]));
   };
-  const title = `${word} rank of each layer by optimizer step`;
+  const title = `${word} ${map.what} of each layer by optimizer step`;
   heatmap(box, {
     map: { kind: "time", rows: map.rows, columns, cells: values },
     title,
     what: "rank",
-    most: highest(run),
-    show: value => value.toFixed(map.kind === "expert" ? 0 : 1),
+    most: highest(run, map.what),
+    show: value => value.toFixed(map.kind === "expert" && map.what === "rank" ? 0 : 1),
     unit: "",
     tell,
     room: Math.min(560, byId("growth").clientWidth),
@@ -189,8 +209,7 @@ function layersOverTime(run, map) {
 function cost(run) {
   const box = byId("cost"),
     costs = run.costs;
-  if (!costs.arms)
-    return put(box, "p", { class: "empty" }, `The sizes of this model's layers are not known: ${costs.reason}`);
+  if (!costs.arms) return put(box, "p", { class: "empty" }, costs.reason);
   const charts = put(box, "div", { class: "charts" });
   bars(charts, {
     title: "Memory in a training step",

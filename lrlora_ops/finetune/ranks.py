@@ -1,0 +1,42 @@
+"""The ranks of a model's adapters, as a run records and prints them: every layer, or every expert in it, in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from lrlora_ops import Adapters
+from lrlora_ops.report import shown
+
+StableRanks = list[float | None]
+
+
+def rank_list(adapters: Adapters) -> list[int]:
+    """The live components: what A and B have of them, where a stable rank is shown instead."""
+    return torch.cat([module.table.ranks for module in adapters.modules.values()]).tolist()
+
+
+def stable_rank_list(adapters: Adapters) -> StableRanks | None:
+    """The stable ranks of what ``SincUpdate`` learns, None for the other layers; no list at all if it learns nothing.
+
+    A power iteration on each of these layers, and one transfer from the device: not for every step.
+    """
+    ranks = [module.shown_rank().flatten() for module in adapters.modules.values()]
+    if not any(rank.is_floating_point() for rank in ranks):
+        return None
+    stable = [
+        rank if rank.is_floating_point() else torch.full_like(rank, math.nan, dtype=torch.float) for rank in ranks
+    ]
+    return [float(f"{rank:.4g}") if math.isfinite(rank) else None for rank in torch.cat(stable).tolist()]
+
+
+def known(ranks: Sequence[float | None] | None) -> list[float]:
+    """Those that are there."""
+    return [rank for rank in ranks or [] if rank is not None]
+
+
+def spread(ranks: Sequence[int] | Sequence[float]) -> str:
+    """Lowest, mean and highest."""
+    return f"{shown(min(ranks))}/{sum(ranks) / len(ranks):.1f}/{shown(max(ranks))}"
