@@ -55,6 +55,16 @@ def adapted(case: str, **options: Any) -> tuple[nn.Module, Adapters]:
     return model, apply_lora(model, methods, **options)
 
 
+def priced() -> tuple[nn.Module, Adapters]:
+    """A model whose ranks have a price each."""
+    model = llama()
+    torch.manual_seed(3)
+    adapters = apply_lora(model, LearnedRank(3, 6, lr=0.5, penalty=0.05), "all-linear")
+    for parameter in adapters.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model, adapters
+
+
 def randomize(model: nn.Module) -> None:
     torch.manual_seed(1)
     for module in model.modules():

@@ -20,6 +20,7 @@ from tests._training import (  # noqa: E402
     adapted,
     assert_same,
     llama,
+    priced,
     state_of,
     trainer,
 )
@@ -215,15 +216,6 @@ def test_clipping_is_no_business_of_the_methods(tmp_path):
     assert any(t.any() for t in seen[0][0])
     for one, other in zip(seen[0][0], seen[1][0], strict=True):
         assert torch.equal(one, other)
-
-
-def priced():
-    model = llama()
-    torch.manual_seed(3)
-    adapters = apply_lora(model, LearnedRank(3, 6, lr=0.5, penalty=0.05), "all-linear")
-    for parameter in adapters.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model, adapters
 
 
 def by_hand(max_grad_norm):
