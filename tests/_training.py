@@ -10,7 +10,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lrlora_ops import Adapters, DynamicRank, FixedRank, LearnedRank, VariableRankLoRALinear, apply_lora
+from lrlora_ops import (
+    Adapters,
+    DynamicRank,
+    FixedRank,
+    LearnedRank,
+    SincUpdate,
+    VariableRankLoRALinear,
+    apply_lora,
+)
 from tests._moe import tiny
 
 SMALL = {
@@ -32,15 +40,16 @@ LEARNED = LearnedRank(3, 6, lr=0.5)
 DYNAMIC = DynamicRank(initial_rank=1, target_rank=3, max_rank=6, interval=2, warmup=0.1)
 
 
-def llama(tied: bool = False) -> nn.Module:
+def llama(tied: bool = False, **sizes: int) -> nn.Module:
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, tie_word_embeddings=tied))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | sizes, tie_word_embeddings=tied))
 
 
 # A model and what apply_lora gets for it.
 CASES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "fixed": (llama, {"all-linear": FixedRank(3)}),
     "learned": (llama, {"all-linear": LEARNED}),
+    "functions of a kind": (llama, {"all-linear": SincUpdate(2, num_coefficients=3, share="type")}),
     "fixed experts": (lambda: tiny("qwen3_moe"), {"experts": FixedRank(3)}),
     "learned experts": (lambda: tiny("mixtral"), {"experts": LEARNED}),
     "grown experts, learned layers": (lambda: tiny("qwen3_moe"), {"experts": DYNAMIC, "all-linear": LEARNED}),

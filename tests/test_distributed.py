@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lrlora_ops import Adapters, DynamicRank, LearnedRank, apply_lora, load_adapter
@@ -255,6 +257,14 @@ def parallel_models(share, of, folder):
             apply_lora(model, METHODS[target], target)
         except ValueError as error:
             said.append(str(error))
+    run = Run("plain")  # and where it is the user who divides them, once there are adapters
+    experts, mesh = run.model.model.layers[0].mlp.experts, init_device_mesh("cpu", (of,))
+    for name, weight in list(experts.named_parameters(recurse=False)):
+        setattr(experts, name, nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]), requires_grad=False))
+    try:
+        run.train([0])
+    except ValueError as error:
+        said.append(str(error))
     return said
 
 
@@ -363,9 +373,10 @@ def test_what_needs_whole_parameters_says_so(two):
 
 def test_tensor_and_expert_parallel_models_are_refused(two):
     for said in two["parallel"]:
-        assert len(said) == 2
+        assert len(said) == 3
         assert "experts is divided among processes" in said[0] and "ep_size" in said[0]
         assert "_proj is divided among processes" in said[1]
+        assert "weight is divided among processes, a DTensor" in said[2]
 
 
 def test_a_killed_process_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lrlora_ops import LearnedRank, SincUpdate, apply_lora
+from lrlora_ops import FixedRank, LearnedRank, SincUpdate, apply_lora
 
 STEPS = 30
 SINC = {"rank": 2, "num_coefficients": 5, "grid": 0.05}
@@ -69,23 +72,36 @@ def train(method, how: str, share: int, of: int):
     return adapters.ranks(), parameters, getattr(adapters.policies[0], "rho", torch.zeros(()))
 
 
-def refused(share: int) -> str:
+def divided_one_by_one() -> None:
     """Functions that layers share, in layers that are divided one by one."""
     model, _ = make()
     adapters = apply_lora(model, SincUpdate(**SINC, share="global"), targets="all-linear")
+    wrap(model, "fsdp")
+    adapters.parameters()
+
+
+def divided_by_hand() -> None:
+    """Outputs of a layer, as tensor parallelism divides them, once it has an adapter."""
+    model, _ = make()
+    apply_lora(model, FixedRank(2), targets="all-linear")
+    mesh = init_device_mesh("cpu", (2,))
+    model[0].up.weight = nn.Parameter(distribute_tensor(model[0].up.weight, mesh, [Shard(0)]), requires_grad=False)
+    model(torch.randn(4, 12, dtype=torch.float64))
+
+
+def said_of(attempt) -> str:
     try:
-        wrap(model, "fsdp")
-        adapters.parameters()
+        attempt()
     except ValueError as error:
         return str(error)
-    return ""
+    return "nothing"
 
 
 def one_of_two(share, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=share, world_size=2)
     results = {name: train(*run, share, 2) for name, run in RUNS.items()}
-    torch.save((results, refused(share)), folder / f"{share}.pt")
+    torch.save((results, said_of(divided_one_by_one), said_of(divided_by_hand)), folder / f"{share}.pt")
     dist.destroy_process_group()
 
 
@@ -102,13 +118,13 @@ def test_two_processes_learn_what_one_does(two, name):
     method, how = RUNS[name]
     expected = train(method, how, 0, 1)
     ranks, parameters, _ = expected
-    for found, _ in two:
+    for found, *_ in two:
         torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-9)
     assert len({float(rank) for rank in ranks.values()}) > 1, "the task must move the ranks"
     assert all(p.any() for key, p in parameters.items() if key.endswith("coefficients"))
 
 
-def test_shared_functions_that_are_divided_layer_by_layer(two):
-    for _, said in two:
-        print(said)
-        assert "share" in said
+def test_what_would_part_the_parameters_of_a_layer_says_so(two):
+    for _, one_by_one, by_hand in two:
+        assert re.search(r"0.up and \S+ had one and the same coefficients .* as fully_shard\(model\) does", one_by_one)
+        assert re.match(r"weight is divided among processes, a DTensor, .* not by experts or outputs", by_hand)
