@@ -119,12 +119,12 @@ def test_two_processes_learn_what_one_does(two, name):
     expected = train(method, how, 0, 1)
     ranks, parameters, _ = expected
     for found, *_ in two:
-        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-7)
     assert len({float(rank) for rank in ranks.values()}) > 1, "the task must move the ranks"
     assert all(p.any() for key, p in parameters.items() if key.endswith("coefficients"))
 
 
 def test_what_would_part_the_parameters_of_a_layer_says_so(two):
     for _, one_by_one, by_hand in two:
-        assert re.search(r"0.up and \S+ had one and the same coefficients .* as fully_shard\(model\) does", one_by_one)
+        assert re.search(r"0\.down and 1\.down had one and the same coefficients .* as fully_shard\(model\) does", one_by_one)
         assert re.match(r"weight is divided among processes, a DTensor, .* not by experts or outputs", by_hand)
