@@ -95,7 +95,7 @@ def sinc() -> Op:
     coefficients = normal(5).requires_grad_()
     return Op(
         lambda: sinc_lora_linear(
-            x, tensors["weight"], a, b, coefficients, grid=0.5, bias=tensors["bias"], backend="triton"
+            *(x, tensors["weight"], a, b, coefficients), grid=0.5, scaling=0.7, bias=tensors["bias"], backend="triton"
         ),
         [x, a, b, coefficients],
     )
