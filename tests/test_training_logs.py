@@ -88,6 +88,7 @@ def records(path: Path) -> Iterator[bytes]:
             parts = b""
 
 
+@pytest.mark.slow  # starts W&B's service
 def test_ranks_go_to_wandb(tmp_path, monkeypatch):
     """Offline, into the file that ``wandb sync`` would send."""
     wandb = pytest.importorskip("wandb")
