@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lrlora_ops._sharding import is_sharded
 from lrlora_ops.rank_table import RankTable
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -168,10 +169,17 @@ def check_backend_dtypes(backend: str, **tensors: Tensor | None) -> None:
 
 
 def check_devices(x: Tensor, **tensors: Tensor | None) -> None:
-    """Everything lies where x lies."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != x.device:
+    """Everything lies where x lies, and all of it."""
+    for name, tensor in (("x", x), *tensors.items()):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move one of them with .to()")
+        if type(tensor) not in (Tensor, nn.Parameter) and is_sharded(tensor):
+            raise ValueError(
+                f"{name} is divided among processes, a {type(tensor).__name__}, but the op needs all of it: divide "
+                "the model by fully_shard, which gathers what a layer needs, and not by experts or outputs"
+            )
 
 
 def _check_pool(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:

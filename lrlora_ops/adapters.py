@@ -52,16 +52,37 @@ class Adapters:
         self.policies = [
             method.policy(unique_tables({name: self.modules[name] for name in names})) for method, names in self.methods
         ]
+        self._shared = _shared_parameters(self.modules)
+        for (_, parameter), names in self._shared.items():
+            for name in names:  # transformers saves no model whose parameters are shared but for those named so
+                vars(self.modules[name]).setdefault("_tied_weights_keys", {})[parameter] = parameter
         self._first_steps = FirstSteps(self)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of the adapters alone."""
+        """Names and parameters of the adapters alone.
+
+        Raises:
+            ValueError: Layers that shared a parameter have one each now.
+        """
+        self._require_shared()
         seen: set[int] = set()  # layers may share some
         for name, module in self.modules.items():
             for key, parameter in module.trained().items():
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield f"{name}.{key}", parameter
+
+    def _require_shared(self) -> None:
+        """FSDP2 parts, without a word, what layers share that it divides one by one; each would learn its own."""
+        for (_, parameter), names in self._shared.items() if self.modules else ():
+            own = {id(self.modules[name].trained()[parameter]): name for name in names}
+            if len(own) > 1:
+                one, other = list(own.values())[:2]
+                raise ValueError(
+                    f"{one} and {other} had one and the same {parameter} and have two now, which fully_shard makes "
+                    "of it if it divides layers one by one; divide all of them in one call, as fully_shard(model) "
+                    "does, or give each its own from the start: SincUpdate(share='layer')"
+                )
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer trains. Give it no weight decay while ranks are learned."""
@@ -309,6 +330,15 @@ class Adapters:
         from lrlora_ops.integrations.transformers import AdaptersCallback
 
         return AdaptersCallback(self, history)
+
+
+def _shared_parameters(modules: Mapping[str, RankAdapter]) -> dict[tuple[int, str], list[str]]:
+    """The adapters that have a parameter in common, by its identity and name."""
+    owners: dict[tuple[int, str], list[str]] = {}
+    for name, module in modules.items():
+        for key, parameter in module.trained().items():
+            owners.setdefault((id(parameter), key), []).append(name)
+    return {key: names for key, names in owners.items() if len(names) > 1}
 
 
 def _keep_rows(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rows: Tensor, held: int) -> None:

@@ -1,7 +1,8 @@
 """What a GPU would be asked to do: every kernel launch that a piece of code makes, and every wait for the device.
 
 PyTorch's operations are counted as one launch each (some are several), views and allocations as none, and each launch
-of a Triton kernel as one. It needs no GPU: the kernels run interpreted, on CPU tensors.
+of a Triton kernel as one. It needs no GPU: the kernels run interpreted, on CPU tensors. The launches can be made again,
+as those of a captured CUDA graph are.
 """
 
 from __future__ import annotations
@@ -30,10 +31,31 @@ class HostSyncError(AssertionError):
     """The host would have waited for the device."""
 
 
-class _Operations(TorchDispatchMode):
-    """Appends the name of each operation that launches a kernel; refuses those that wait."""
+class Launches(list[str]):
+    """The names of launches, in order."""
 
-    def __init__(self, launched: list[str]) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self._again: list[Callable[[], object]] = []
+
+    def add(self, name: str, again: Callable[[], object]) -> None:
+        self.append(name)
+        self._again.append(again)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Launch them again: the same numbers, and tensors at the same addresses with what they hold by now.
+
+        As in the replay of a graph, no line of the code that was captured runs.
+        """
+        for again in self._again:
+            again()
+
+
+class _Operations(TorchDispatchMode):
+    """Adds each operation that launches a kernel; refuses those that wait."""
+
+    def __init__(self, launched: Launches) -> None:
         super().__init__()
         self.launched = launched
 
@@ -43,8 +65,13 @@ class _Operations(TorchDispatchMode):
             raise HostSyncError(f"aten::{name} waits for the device")
         out = func(*args, **(kwargs or {}))
         if not func.is_view and name not in _FREE.split() and any(t.numel() for t in _tensors(out)):
-            self.launched.append(f"aten::{name}")
+            self.launched.add(f"aten::{name}", lambda: _copy(func(*args, **(kwargs or {})), out))
         return out
+
+
+def _copy(results: Any, out: Any) -> None:
+    for result, tensor in zip(_tensors(results), _tensors(out), strict=True):
+        tensor.copy_(result)
 
 
 def _refused(name: str) -> Any:
@@ -68,17 +95,17 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 
 
 @contextmanager
-def counted_launches() -> Iterator[list[str]]:
-    """The names of the launches within, in order.
+def counted_launches() -> Iterator[Launches]:
+    """The launches within.
 
     Raises:
         HostSyncError: Something within waits for the device.
     """
-    launched: list[str] = []
+    launched = Launches()
 
     def counting(run: Any) -> Any:
         def counted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-            launched.append(kernel.__name__)
+            launched.add(kernel.__name__, lambda: run(kernel, *args, **kwargs))
             with _disable_current_modes():  # how the interpreter moves tensors is not the launch's doing
                 return run(kernel, *args, **kwargs)
 

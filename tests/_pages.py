@@ -63,7 +63,7 @@ def run_commands(listed: Sequence[str], folder: Path) -> list[str]:
     environment.pop("TRITON_INTERPRET", None)
     printed = []
     for command in listed:
-        run = subprocess.run(command.split(), cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        run = subprocess.run(command.split(), cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
         assert run.returncode == 0, run.stdout + run.stderr
         printed.append(run.stdout)
     return printed

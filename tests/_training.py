@@ -10,7 +10,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lrlora_ops import Adapters, DynamicRank, FixedRank, LearnedRank, VariableRankLoRALinear, apply_lora
+from lrlora_ops import (
+    Adapters,
+    DynamicRank,
+    FixedRank,
+    LearnedRank,
+    SincUpdate,
+    VariableRankLoRALinear,
+    apply_lora,
+)
 from tests._moe import tiny
 
 SMALL = {
@@ -32,15 +40,16 @@ LEARNED = LearnedRank(3, 6, lr=0.5)
 DYNAMIC = DynamicRank(initial_rank=1, target_rank=3, max_rank=6, interval=2, warmup=0.1)
 
 
-def llama(tied: bool = False) -> nn.Module:
+def llama(tied: bool = False, **sizes: int) -> nn.Module:
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, tie_word_embeddings=tied))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | sizes, tie_word_embeddings=tied))
 
 
 # A model and what apply_lora gets for it.
 CASES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "fixed": (llama, {"all-linear": FixedRank(3)}),
     "learned": (llama, {"all-linear": LEARNED}),
+    "functions of a kind": (llama, {"all-linear": SincUpdate(2, num_coefficients=3, share="type")}),
     "fixed experts": (lambda: tiny("qwen3_moe"), {"experts": FixedRank(3)}),
     "learned experts": (lambda: tiny("mixtral"), {"experts": LEARNED}),
     "grown experts, learned layers": (lambda: tiny("qwen3_moe"), {"experts": DYNAMIC, "all-linear": LEARNED}),
@@ -53,6 +62,16 @@ def adapted(case: str, **options: Any) -> tuple[nn.Module, Adapters]:
     model = make()
     torch.manual_seed(3)
     return model, apply_lora(model, methods, **options)
+
+
+def priced() -> tuple[nn.Module, Adapters]:
+    """A model whose ranks have a price each."""
+    model = llama()
+    torch.manual_seed(3)
+    adapters = apply_lora(model, LearnedRank(3, 6, lr=0.5, penalty=0.05), "all-linear")
+    for parameter in adapters.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model, adapters
 
 
 def randomize(model: nn.Module) -> None:

@@ -10,14 +10,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lrlora_ops import Adapters, DynamicRank, LearnedRank, apply_lora, load_adapter
 
 transformers = pytest.importorskip("transformers")
+from tests._training import priced, trainer  # noqa: E402
+
 pytestmark = pytest.mark.slow  # ten processes that import everything
 
 STEPS, HALF, EXPERTS = 12, 6, 6
@@ -61,14 +65,19 @@ def wrap(model, how):
     return model
 
 
+def as_launched(share, of):
+    """The environment that a launcher gives a process, for libraries that ask for it though the group is there."""
+    os.environ.update(RANK=str(share), LOCAL_RANK=str(share), WORLD_SIZE=str(of), LOCAL_WORLD_SIZE=str(of))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29611")
+
+
 def prepared_by_accelerate(model, optimizer, share, of):
     """With its FSDP2 plugin, turned on as it would be if the processes had accelerators: on CPUs it is ignored."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
-    os.environ.update(RANK=str(share), LOCAL_RANK=str(share), WORLD_SIZE=str(of), LOCAL_WORLD_SIZE=str(of))
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29611")  # which it asks for, though the group is there
+    as_launched(share, of)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -108,7 +117,7 @@ class Run:
         self.idle = 0  # how often an expert had no row in this process
 
     def train(self, steps):
-        """The loss of all processes, and all ranks, after each step."""
+        """The loss of all processes, all ranks, and what is live in the next step, after each step."""
         history = []
         for step in steps:
             rows = batch(step, self.share, self.of)
@@ -121,8 +130,14 @@ class Run:
             mean = loss.detach().clone()
             if self.of > 1:
                 dist.all_reduce(mean)
-            history.append((mean.item() / self.of, {name: r.tolist() for name, r in self.adapters.ranks().items()}))
+            ranks = {name: r.tolist() for name, r in self.adapters.ranks().items()}
+            history.append((mean.item() / self.of, ranks, self.live()))
         return history
+
+    def live(self):
+        """Of each table, as the ops of this process will find it: the sampled prefixes, and where the gate is zero."""
+        tables = self.adapters.tables.items()
+        return {name: (t.train_ranks.tolist(), t.gate.eq(0).nonzero().flatten().tolist()) for name, t in tables}
 
     def state(self):
         """For torch.distributed.checkpoint."""
@@ -179,6 +194,19 @@ def resumed_run(share, of, folder):
     return resumed, history, fingerprint(other.adapters)
 
 
+def priced_run(share, of, folder, size, accumulation):
+    """A price per component inside Hugging Face's Trainer; all rows in each step, however they are split."""
+    if of > 1:
+        as_launched(share, of)
+    model, adapters = priced()
+    split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    run = trainer(model, adapters, folder, lr_scheduler_type="constant", **split)
+    assert run.args.world_size == of and size * accumulation * of == len(run.train_dataset)
+    run.train()
+    (policy,) = adapters.policies
+    return policy.first_loss, policy.rho, policy.k
+
+
 def fingerprint(adapters: Adapters) -> dict[str, Tensor]:
     """All parameters, whole, and what the policies remember."""
     found = {
@@ -229,6 +257,14 @@ def parallel_models(share, of, folder):
             apply_lora(model, METHODS[target], target)
         except ValueError as error:
             said.append(str(error))
+    run = Run("plain")  # and where it is the user who divides them, once there are adapters
+    experts, mesh = run.model.model.layers[0].mlp.experts, init_device_mesh("cpu", (of,))
+    for name, weight in list(experts.named_parameters(recurse=False)):
+        setattr(experts, name, nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]), requires_grad=False))
+    try:
+        run.train([0])
+    except ValueError as error:
+        said.append(str(error))
     return said
 
 
@@ -270,6 +306,7 @@ def two(folder, four):
     others = {"resumed": resumed_run, "refused": refusals, "parallel": parallel_models}
     tasks = [(how, whole_run, (how,)) for how in ("ddp", "fsdp", "fsdp bf16")]
     tasks += [(name, task, ()) for name, task in others.items()]
+    tasks += [("priced", priced_run, (12, 1)), ("priced, accumulated", priced_run, (6, 2))]
     return in_processes(2, folder, [*tasks, ("accelerate", whole_run, ("accelerate",))])
 
 
@@ -277,23 +314,41 @@ def two(folder, four):
     ("of", "how"), [("two", "ddp"), ("two", "fsdp"), ("two", "accelerate"), ("four", "ddp"), ("four", "fsdp")]
 )
 def test_processes_do_what_one_does(of, how, alone, request):
-    """Losses and ranks of each step; experts without rows in one process included."""
+    """Losses, ranks and sampled prefixes of each step; experts without rows in one process included."""
     results = request.getfixturevalue(of)[how]
     for history, _ in results:
         assert history == results[0][0], "processes must not differ, not by a bit"
-        assert [ranks for _, ranks in history] == [ranks for _, ranks in alone]
-        torch.testing.assert_close([loss for loss, _ in history], [loss for loss, _ in alone], rtol=1e-4, atol=1e-4)
+        assert_same_run(history, alone)
     assert sum(idle for _, idle in results) > 0, "some expert must go without rows in some process"
     first, last = alone[0][1], alone[-1][1]
+    prefixes = [live["model.layers.0.self_attn.q_proj"][0] for *_, live in alone]
+    assert len({*map(tuple, prefixes)}) > 2, "prefixes must differ from step to step"
     assert sum(first["model.layers.0.mlp.experts"]) < sum(last["model.layers.0.mlp.experts"]) == 4 * EXPERTS
     assert len({rank for name, rank in last.items() if "attn" in name}) > 1, "the task must move the ranks"
+
+
+def assert_same_run(history, expected):
+    """Ranks and prefixes are equal, losses up to rounding."""
+    assert [rest for _, *rest in history] == [rest for _, *rest in expected]
+    torch.testing.assert_close([loss for loss, *_ in history], [loss for loss, *_ in expected], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["priced", "priced, accumulated"])
+def test_the_price_of_a_component_is_that_of_one_process(how, two, tmp_path):
+    """Its unit is the loss of all processes in the first step, which the callback takes from the trainer."""
+    first_loss, rho, k = priced_run(0, 1, tmp_path, 24, 1)
+    assert rho.sum() != pytest.approx(3 * len(rho), abs=1), "the price must tell"
+    for found_loss, found_rho, found_k in two[how]:
+        torch.testing.assert_close(found_loss, first_loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(found_rho, rho, rtol=1e-3, atol=1e-3)
+        assert torch.equal(found_k, k)
 
 
 def test_mixed_precision(two, alone):
     """bf16 parameters within the layers, fp32 outside: one history in all processes, near that of fp32."""
     results = [history for history, _ in two["fsdp bf16"]]
     assert results[0] == results[1]
-    torch.testing.assert_close([loss for loss, _ in results[0]], [loss for loss, _ in alone], rtol=0.05, atol=0.05)
+    torch.testing.assert_close([loss for loss, *_ in results[0]], [loss for loss, *_ in alone], rtol=0.05, atol=0.05)
     assert results[0] != alone
 
 
@@ -305,8 +360,7 @@ def test_four_processes_save_and_two_or_one_resume(folder, four, two):
         for found in (resumed, loaded):
             assert found.keys() == saved.keys()
             assert all(torch.equal(found[key], saved[key]) for key in saved)
-        assert [ranks for _, ranks in history] == [ranks for _, ranks in expected]
-        torch.testing.assert_close([loss for loss, _ in history], [loss for loss, _ in expected], rtol=1e-4, atol=1e-4)
+        assert_same_run(history, expected)
 
 
 def test_what_needs_whole_parameters_says_so(two):
@@ -319,9 +373,10 @@ def test_what_needs_whole_parameters_says_so(two):
 
 def test_tensor_and_expert_parallel_models_are_refused(two):
     for said in two["parallel"]:
-        assert len(said) == 2
+        assert len(said) == 3
         assert "experts is divided among processes" in said[0] and "ep_size" in said[0]
         assert "_proj is divided among processes" in said[1]
+        assert "weight is divided among processes, a DTensor" in said[2]
 
 
 def test_a_killed_process_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from lrlora_ops import DynamicRank, LearnedRank, apply_lora
+from lrlora_ops import DynamicRank, apply_lora
 
 transformers = pytest.importorskip("transformers")
 from tests._moe import tiny  # noqa: E402
@@ -20,6 +20,7 @@ from tests._training import (  # noqa: E402
     adapted,
     assert_same,
     llama,
+    priced,
     state_of,
     trainer,
 )
@@ -82,12 +83,13 @@ def test_statistics_do_not_depend_on_how_a_batch_is_split(tmp_path, case):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_bit(tmp_path, use_reentrant):
+@pytest.mark.parametrize("case", ["functions of a kind", "grown experts, learned layers"])
+def test_gradient_checkpointing_changes_no_bit(tmp_path, case, use_reentrant):
     """Of weights, ranks and what the methods remember."""
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
     states = []
     for settings in ({}, checkpointing):
-        model, adapters = adapted("grown experts, learned layers")
+        model, adapters = adapted(case)
         trainer(model, adapters, tmp_path, **settings).train()
         states.append(state_of(model, adapters))
     assert_same(*states)
@@ -98,7 +100,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, case):
     """Bit for bit: weights, ranks and the methods' states, from before the freeze and from after it."""
 
     def start():
-        model, adapters = adapted(case, dropout=0.0 if "experts" in case else 0.1)
+        model, adapters = adapted(case, dropout=0.1 if case in ("fixed", "learned") else 0.0)
         return model, adapters, trainer(model, adapters, tmp_path, save_strategy="steps", save_steps=3)
 
     model, adapters, run = start()
@@ -215,15 +217,6 @@ def test_clipping_is_no_business_of_the_methods(tmp_path):
     assert any(t.any() for t in seen[0][0])
     for one, other in zip(seen[0][0], seen[1][0], strict=True):
         assert torch.equal(one, other)
-
-
-def priced():
-    model = llama()
-    torch.manual_seed(3)
-    adapters = apply_lora(model, LearnedRank(3, 6, lr=0.5, penalty=0.05), "all-linear")
-    for parameter in adapters.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model, adapters
 
 
 def by_hand(max_grad_norm):

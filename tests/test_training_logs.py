@@ -1,6 +1,11 @@
-"""Ranks and budget where a loop logs: the dict of ``metrics()``, the trainer's history, bar and TensorBoard."""
+"""Ranks and budget where a loop logs: ``metrics()``, the trainer's history and bar, TensorBoard and W&B."""
 
 from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -63,6 +68,51 @@ def test_ranks_go_where_the_trainer_logs(tmp_path, monkeypatch, capsys):
     assert sums[0] < sums[-1] == rows[-1]["lrlora/budget"]
     assert sum("experts" in tag or "layers" in tag for tag in written.Tags()["scalars"]) == 1
     assert "'lrlora/rank_mean': " in capsys.readouterr().out
+
+
+def records(path: Path) -> Iterator[bytes]:
+    """Those of a W&B run's file, a log as LevelDB writes it: blocks of 32 KiB, in which records lie whole or in parts.
+
+    The file begins with 7 bytes of its own, a part with 7 of checksum, length and place: whole, first, middle, last.
+    """
+    data, at, parts = path.read_bytes(), 7, b""
+    assert data.startswith(b":W&B")
+    while at + 7 <= len(data):
+        if (left := -at % 2**15) and left < 7:
+            at += left
+        _, size, place = struct.unpack_from("<IHB", data, at)
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if place in (1, 4):
+            yield parts
+            parts = b""
+
+
+@pytest.mark.slow  # starts W&B's service
+def test_ranks_go_to_wandb(tmp_path, monkeypatch):
+    """Offline, into the file that ``wandb sync`` would send."""
+    wandb = pytest.importorskip("wandb")
+    internal = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    for name, value in {"MODE": "offline", "DIR": tmp_path, "CONSOLE": "off", "ERROR_REPORTING": "false"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    model, adapters = adapted("learned")
+    run = trainer(model, adapters, tmp_path, logging_strategy="steps", logging_steps=2, report_to=["wandb"])
+    run.train()
+    wandb.finish()
+    wandb.teardown()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    written = []
+    for record in map(internal.Record.FromString, records(path)):
+        items = record.history.item
+        written.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    rows = [row for row in run.state.log_history if "loss" in row]
+    assert len(rows) == 5
+    names = (*NAMES, "lrlora/rank_mean/q_proj", "loss")
+    assert [
+        {name: row[f"train/{name}"] for name in names} | {"step": row["train/global_step"]}
+        for row in written
+        if "train/loss" in row
+    ] == [{name: row[name] for name in (*names, "step")} for row in rows]
 
 
 def test_ranks_are_read_only_when_something_is_logged(tmp_path, monkeypatch):

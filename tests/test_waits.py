@@ -5,6 +5,10 @@ On CPU tensors, whose values are there at once: what is refused is any operation
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,14 +22,31 @@ from lrlora_ops import (
     apply_lora,
     grouped_lora_linear,
     lora_linear,
+    ops,
+    sinc_lora_linear,
 )
 from tests._launches import counted_launches
 from tests.test_grouped_lora_linear import make_table
+from tests.test_moe_launches import grow
+from tests.test_moe_lora_mlp import CASES, make_layer
+from tests.test_moe_lora_mlp import run as run_layer
 from tests.test_primitives_contract import DEVICES
 
 DEVICE = DEVICES["triton"]
 ROWS, IN, OUT, RANK = 9, 20, 12, 3
-TABLE = make_table((3, 0, 2), RANK, DEVICE)
+
+
+@dataclass
+class Op:
+    """A call of an op, its leaves, and what else on the device may change from step to step: ranks and routing."""
+
+    call: Callable[[], Tensor]
+    leaves: list[Tensor]
+    change: Callable[[], object] | None = None
+
+    def gradients(self, y: Tensor) -> tuple[Tensor, ...]:
+        dy = torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y)
+        return torch.autograd.grad(y, self.leaves, dy)
 
 
 def on_device(values: int | list[int]) -> Tensor:
@@ -34,44 +55,109 @@ def on_device(values: int | list[int]) -> Tensor:
 
 
 def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, device=DEVICE)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
 
 
-def dense(x: Tensor, a: Tensor, b: Tensor, gate: Tensor, **base: Tensor) -> Tensor:
-    return lora_linear(x, a, b, gate=gate, rank=on_device(2), backend="triton", **base)
+def adapter(pool_size: int, base: dict[str, tuple[int, ...]]) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor]]:
+    """x, A, B and gate, the base's tensors, and which of all these are leaves."""
+    given = [normal(*shape).requires_grad_() for shape in ((ROWS, IN), (pool_size, IN), (pool_size, OUT), (pool_size,))]
+    tensors = {name: normal(*shape).requires_grad_(name == "base") for name, shape in base.items()}
+    return given, tensors, [*given, *(t for t in tensors.values() if t.requires_grad)]
 
 
-def grouped(x: Tensor, a: Tensor, b: Tensor, gate: Tensor, **base: Tensor) -> Tensor:
-    offsets = on_device([0, 4, 6, 8])  # a row is no expert's
-    return grouped_lora_linear(x, a, b, offsets, TABLE, gate=gate, backend="triton", **base)
+def dense(**base: tuple[int, ...]) -> Op:
+    (x, a, b, gate), tensors, leaves = adapter(RANK, base)
+    rank = on_device(2)
+    return Op(
+        lambda: lora_linear(x, a, b, gate=gate, rank=rank, backend="triton", **tensors),
+        leaves,
+        lambda: rank.fill_(RANK),
+    )
+
+
+def grouped(**base: tuple[int, ...]) -> Op:
+    table, offsets = make_table((3, 0, 2), RANK, DEVICE), on_device([0, 4, 6, 8])  # a row is no expert's
+    (x, a, b, gate), tensors, leaves = adapter(table.pool_size, base)
+
+    def change() -> None:
+        table.set_ranks([1, 2, 3])
+        offsets.copy_(torch.tensor([0, 2, 7, 9]))
+
+    return Op(
+        lambda: grouped_lora_linear(x, a, b, offsets, table, gate=gate, backend="triton", **tensors), leaves, change
+    )
+
+
+def sinc() -> Op:
+    (x, a, b, _), tensors, _ = adapter(RANK, {"weight": (OUT, IN), "bias": (OUT,)})
+    coefficients = normal(5).requires_grad_()
+    return Op(
+        lambda: sinc_lora_linear(
+            *(x, tensors["weight"], a, b, coefficients), grid=0.5, scaling=0.7, bias=tensors["bias"], backend="triton"
+        ),
+        [x, a, b, coefficients],
+    )
+
+
+def layer(case: str) -> Op:
+    made = make_layer(CASES[case], DEVICE)
+    leaves = {name: t.nan_to_num().requires_grad_() for name, t in made.leaves.items()}
+    made.leaves = leaves
+    demand = torch.zeros(2, made.table.num_experts, device=DEVICE, requires_grad=True)
+
+    @torch.no_grad()
+    def change() -> None:
+        grow(made, [4, 1, 6, 3])
+        made.index.copy_((made.index + 1) % made.table.num_experts)
+
+    return Op(lambda: run_layer(made, leaves, backend="triton", demand=demand), [*leaves.values(), demand], change)
 
 
 OPS = {
-    "lora_linear": (dense, RANK, {}),
-    "lora_linear, weight and bias": (dense, RANK, {"weight": (OUT, IN), "bias": (OUT,)}),
-    "lora_linear, base": (dense, RANK, {"base": (ROWS, OUT)}),
-    "grouped_lora_linear": (grouped, TABLE.pool_size, {}),
-    "grouped_lora_linear, weight and bias": (grouped, TABLE.pool_size, {"weight": (3, OUT, IN), "bias": (3, OUT)}),
-    "grouped_lora_linear, base": (grouped, TABLE.pool_size, {"base": (ROWS, OUT)}),
+    "lora_linear": dense,
+    "lora_linear, weight and bias": lambda: dense(weight=(OUT, IN), bias=(OUT,)),
+    "lora_linear, base": lambda: dense(base=(ROWS, OUT)),
+    "grouped_lora_linear": grouped,
+    "grouped_lora_linear, weight and bias": lambda: grouped(weight=(3, OUT, IN), bias=(3, OUT)),
+    "grouped_lora_linear, base": lambda: grouped(base=(ROWS, OUT)),
+    "sinc_lora_linear": sinc,
+    "moe_lora_mlp, silu by name": lambda: layer("silu by name"),
+    "moe_lora_mlp, the model's own activation": lambda: layer("swiglu"),
 }
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
-def test_ops(op):
-    """With every gradient there is."""
-    call, pool_size, shapes = op
-    leaves = [
-        normal(*shape).requires_grad_() for shape in ((ROWS, IN), (pool_size, IN), (pool_size, OUT), (pool_size,))
-    ]
-    base = {name: normal(*shape).requires_grad_(name == "base") for name, shape in shapes.items()}
-    dy = normal(ROWS, OUT)
+def test_every_op_is_here():
+    functions = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
+    assert {name.partition(",")[0] for name in OPS} == functions
+
+
+@pytest.mark.parametrize("make", OPS.values(), ids=OPS.keys())
+def test_ops(make):
+    """With every gradient there is. And as in a captured graph: what changes in place shows when the launches of the
+    first step are made again, bit for bit."""
+    op = make()
     with counted_launches() as launched:
-        y = call(*leaves, **base)
+        y = op.call()
         forward = len(launched)
-        grads = torch.autograd.grad(y, [*leaves, *(t for t in base.values() if t.requires_grad)], dy)
-    assert all(grad.any() for grad in grads)
+        gradients = op.gradients(y)
+    assert all(gradient.any() for gradient in gradients)
     for part in (launched[:forward], launched[forward:]):
         assert any(name.endswith("_kernel") for name in part), "no Triton kernel was launched"
+    for change in (lambda: train(op.leaves), op.change):
+        if change is not None:
+            before = y.detach().clone()
+            change()
+            launched.replay()
+            expected = op.call()
+            assert torch.equal(y, expected) and not torch.equal(y, before)
+            assert all(torch.equal(*pair) for pair in zip(gradients, op.gradients(expected), strict=True))
+
+
+@torch.no_grad()
+def train(leaves: list[Tensor]) -> None:
+    """Other values, in place."""
+    for leaf in leaves:
+        leaf.mul_(torch.linspace(0.5, 1.5, leaf.numel(), device=DEVICE).view_as(leaf))
 
 
 def dense_model(**options) -> nn.Module:
