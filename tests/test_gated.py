@@ -302,7 +302,7 @@ def test_adapter_gradients_addresses():
         **{f"{name}_ptr": start for name, (start, _) in (operands | outputs).items()},
         demand_ptr=demand, gate_ptr=None, x_index_ptr=order, dy_index_ptr=order, weights_ptr=weights,
         d_weights_ptr=d_weights, row_order_ptr=order, in_features=24, out_features=20, stride_xm=24, stride_dym=20,
-        scaling=0.5, share_rows=ROWS,
+        scaling=0.5, num_rows=FAR + ROWS, share_rows=ROWS,
         HAS_GATE=False, IS_HIP=False, BLOCK_E=1,
         HAS_X_INDEX=True, HAS_DY_INDEX=True, HAS_WEIGHTS=True, HAS_DEMAND=True, BLOCK_N=16, **far_table(),
     )  # fmt: skip
