@@ -1,4 +1,4 @@
-"""The launches of whole MoE layers, without a GPU or memory: the ops run on meta tensors, and no kernel runs.
+"""The launches of whole layers, without a GPU or memory: the ops run on meta tensors, and no kernel runs.
 
 The ops and the launchers decide arguments and grids, so what is counted here cannot drift from the code.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -16,8 +17,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from benchmarks.floors import Cost, launch_cost
-from benchmarks.shapes import ExpertsShape
-from lrlora_ops import ExpertLinear, RankTable, moe_lora_mlp
+from benchmarks.shapes import ExpertsShape, Shape
+from lrlora_ops import ExpertLinear, RankTable, moe_lora_mlp, sinc_lora_linear
 from lrlora_ops.ops import _backends, _gated_mlp
 
 # Every launch of a Triton kernel passes through their ``run``.
@@ -50,7 +51,8 @@ def recorded_launches() -> Iterator[list[Launched]]:
     functions = _backends._FUNCTIONS["triton"]
     patches = [mock.patch.object(kind, "run", record) for kind in KERNEL_CLASSES]
     patches.append(mock.patch.object(_backends, "_require_triton", lambda device: None))
-    patches += [mock.patch.object(module, "primitives", lambda *_: functions) for module in (_backends, _gated_mlp)]
+    modules = (_backends, _gated_mlp, import_module("lrlora_ops.ops.sinc_lora_linear"))
+    patches += [mock.patch.object(module, "primitives", lambda *_: functions) for module in modules]
     for patch in patches:
         patch.start()
     try:
@@ -78,6 +80,23 @@ def layer_launches(
         y = moe_lora_mlp(x, index, weights, up, down, table, activation="silu", demand=table.demand, backend="triton")
     with recorded_launches() as backward:
         torch.autograd.grad(y, inputs, torch.empty_like(y))
+    return forward, backward
+
+
+def sinc_launches(
+    shape: Shape, rank: int, num_coefficients: int = 9, dtype: torch.dtype = torch.bfloat16
+) -> tuple[list[Launched], list[Launched]]:
+    """Of forward and of backward of a layer that a learned function moves, with every gradient; products apart."""
+    with torch.device("meta"):
+        x = torch.empty(shape.M, shape.K, dtype=dtype, requires_grad=True)
+        weight = torch.empty(shape.N, shape.K, dtype=dtype)
+        lora_A, lora_B = (torch.empty(rank, size, dtype=dtype, requires_grad=True) for size in (shape.K, shape.N))
+        coefficients = torch.empty(num_coefficients, requires_grad=True)
+    leaves = [x, lora_A, lora_B, coefficients]
+    with recorded_launches() as forward:
+        y = sinc_lora_linear(x, weight, lora_A, lora_B, coefficients, grid=0.1, scaling=1.0, backend="triton")
+    with recorded_launches() as backward:
+        torch.autograd.grad(y, leaves, torch.empty_like(y))
     return forward, backward
 
 
