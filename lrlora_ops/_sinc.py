@@ -18,7 +18,7 @@ from torch import Tensor
 
 # The least |f|, large enough for the square of a quotient.
 _LEAST = 2.0**-60
-# Of all buffers, for each thread: smaller ones would stay in a core's L2, but each call of PyTorch costs more than that.
+# Of all buffers, for each thread: smaller ones would stay in a core's L2, but a call of PyTorch costs more than that.
 # More threads than four share what four have: 16 MB in fp32.
 _ELEMENTS, _MOST_THREADS = 2**20, 4
 _PLAIN = 8  # buffers of a number for each element, beside those of a number for each k
