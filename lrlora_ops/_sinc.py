@@ -1,4 +1,4 @@
-"""sinc_weight and sinc_gradients in PyTorch: what CPU tensors run on, in tiles that stay in a core's cache.
+"""sinc_weight and sinc_gradients in PyTorch: what CPU tensors run on, in tiles that stay in the caches.
 
 With ``w = z / h``, m the nearest integer, ``f = w - m`` and the quotients ``q_k = f / (w - k)``, one sine serves all k:
 
@@ -6,7 +6,7 @@ With ``w = z / h``, m the nearest integer, ``f = w - m`` and the quotients ``q_k
     sinc'(w - k) = (-1)^(m - k) (sinc(f) / f (q_k - q_k^2) + sinc'(f) q_k)
 
 Where k = m, q_k is 1 to the bit if f is not zero, so that nothing cancels at ``w = k`` or near it. sinc'(f) is odd and
-smooth on ``|f| <= 1/2``: its series is short, and ``1 - sinc(f) = f sinc'(f) + 2 sin(pi f / 2)^2`` cancels nowhere.
+smooth on ``|f| <= 1/2``: its series is short, and ``1 - sinc(f) = f sinc'(f) + 2 sin(pi f / 2)^2`` is accurate near 0.
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ class _Basis:
             torch.addcmul(coefficient, self.t, square, out=self.t)
         slope = self.t.mul_(self.f)  # sinc'(f)
         half = torch.mul(self.f, math.pi / 2, out=self.u).sin_()
-        below_one = torch.mul(self.f, slope, out=self.s).addcmul_(half, half, value=2)  # 1 - sinc(f)
-        sinc = torch.sub(self.one, below_one, out=self.u).mul_(self.sign)
+        drop = torch.mul(self.f, slope, out=self.s).addcmul_(half, half, value=2)  # 1 - sinc(f)
+        sinc = torch.sub(self.one, drop, out=self.u).mul_(self.sign)
         q, d_sinc = self._divide(self.f), torch.mul(d, sinc, out=self.v)
         sums = torch.mv(q, d_sinc).mul_(self.signs)
         # sum d (psi_0(z) - 1) would cancel where z is small.
-        sums[self.reach] = torch.dot(d_sinc, q[self.reach] - self.sign) - torch.dot(d, below_one)
+        sums[self.reach] = torch.dot(d_sinc, q[self.reach] - self.sign) - torch.dot(d, drop)
         d_c += sums
         p = torch.mv(q.t(), self.signed, out=self.s)
         z.sub_(self.c0).addcmul_(sinc, p)
