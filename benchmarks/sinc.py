@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import reduce
+from operator import add
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +93,7 @@ def _provider(problem: SincProblem, layer: nn.Module, rank: int) -> Provider:
     return Provider(problem, layer, rank, leaves)
 
 
-BUILDERS = {
+BUILDERS: dict[str, Callable[[SincProblem, int], Provider]] = {
     "base": providers.base,
     "lrlora": lrlora,
     "lrlora LoRA": providers.lrlora,
@@ -109,7 +111,8 @@ class Oracle(providers.Oracle):
 
     def moved(self) -> dict[str, Tensor]:
         """The output and all gradients of the learned function."""
-        p, parts = self.sinc, []
+        p = self.sinc
+        parts: list[tuple[Tensor, ...]] = []
         for rows in torch.arange(p.weight.shape[0], device=p.x.device).split(_ORACLE_ROWS):
             given = (p.x, p.lora_A, p.lora_B[:, rows], p.coefficients)
             leaves = [t.detach().double().requires_grad_() for t in given]
@@ -117,7 +120,7 @@ class Oracle(providers.Oracle):
             y = sinc_lora_linear_reference(x, p.weight[rows], lora_A, lora_B, c * p.grid, grid=p.grid, scaling=SCALING)
             parts.append((y.detach(), *torch.autograd.grad(y, leaves, p.dy[:, rows].double())))
         y, d_x, d_a, d_b, d_c = zip(*parts, strict=True)
-        summed = {"x": sum(d_x), "lora_A": sum(d_a), "coefficients": sum(d_c)}
+        summed = {"x": reduce(add, d_x), "lora_A": reduce(add, d_a), "coefficients": reduce(add, d_c)}
         return {"y": torch.cat(y, 1), "lora_B": torch.cat(d_b, 1), **summed}
 
     def check(self, provider: Provider) -> None:
