@@ -57,12 +57,12 @@ class Case:
         problem = Problem.random(self.shape, self.dtype, self.max_rank, device)
         return lambda builder, rank: BUILDERS[builder](problem, rank), Oracle(problem).check
 
-    def work(self, rank: int, mode: str) -> Cost:
-        """What has to be done: the base layer's work for rank 0, else the work of ``rank`` components alone."""
+    def work(self, provider: Provider, mode: str) -> Cost:
+        """What has to be done: the base layer's work, or the work of the live components alone."""
         size, backward = self.dtype.itemsize, mode == FORWARD_BACKWARD
-        if rank == 0:
+        if provider.rank == 0:
             return base_cost(self.shape, size, backward=backward)
-        return lora_cost(self.shape, rank, size, size, backward=backward)
+        return lora_cost(self.shape, provider.rank, size, size, backward=backward)
 
 
 def cases(device: torch.device, quick: bool = False) -> list[Case]:

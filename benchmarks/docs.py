@@ -1,4 +1,4 @@
-"""``python -m benchmarks.docs``: writes the tables of docs/performance.md and docs/scale.md, which no hand writes.
+"""``python -m benchmarks.docs``: writes the tables of docs/performance.md, scale.md and sinc.md, which no hand writes.
 
 A table stands between ``<!-- begin NAME -->`` and ``<!-- end -->``; the text around it is a person's.
 """
@@ -12,11 +12,11 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks import goals, report, scale
-from benchmarks.floors import H200, Cost, accumulating_cost, base_cost, lora_cost
+from benchmarks.floors import H200, Cost, accumulating_cost, base_cost, lora_cost, sinc_cost, sinc_passes_cost
 from benchmarks.shapes import LONG_SHAPES, mixtral, olmoe, qwen3
 
 FOLDER = Path(__file__).parents[1] / "docs"
-PAGES = ("performance.md", "scale.md")
+PAGES = ("performance.md", "scale.md", "sinc.md")
 _BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _RESULTS = {  # heading -> what stands there
     "provider": lambda row: row["provider"],
@@ -71,6 +71,18 @@ def floors() -> str:
     return "\n".join([*markdown(dense), "", *markdown(experts)])
 
 
+def sinc() -> str:
+    """The least time of SincUpdate on an H200, forward and backward, rank 16."""
+    cells = [["M, K, N", "base ms", "third product ms", "passes ms", "all", "of base"]]
+    for shape in LONG_SHAPES:
+        base, passes, added = base_cost(shape), sinc_passes_cost(shape, 16), sinc_cost(shape, 16)
+        product = Cost(added.bytes - passes.bytes, added.flops - passes.flops)
+        parts = [cost.floor_ms(H200) for cost in (base, product, passes)]
+        sizes = f"{shape.M}, {shape.K}, {shape.N}"
+        cells.append([sizes, *(f"{ms:.3g}" for ms in (*parts, sum(parts))), f"{sum(parts) / parts[0]:.2f}x"])
+    return "\n".join(markdown(cells))
+
+
 def _milliseconds(cost: Cost) -> str:
     return f"{cost.floor_ms(H200):.3g}"
 
@@ -83,7 +95,7 @@ def markdown(cells: list[list[str]]) -> Iterator[str]:
     yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"results": results, "floors": floors, "scale": scale.page}
+BLOCKS: dict[str, Callable[[], str]] = {"results": results, "floors": floors, "scale": scale.page, "sinc": sinc}
 
 
 def render(text: str) -> str:

@@ -66,6 +66,25 @@ def accumulating_cost(shape: Shape, rank: int, itemsize: int = 2) -> Cost:
     return Cost(cost.bytes + itemsize * shape.M * (shape.K + shape.N), cost.flops)
 
 
+def sinc_passes_cost(shape: Shape, rank: int, itemsize: int = 2, *, backward: bool = True) -> Cost:
+    """SincUpdate's passes over the weight's elements: each reads a matrix and writes one, but that of the gradients.
+
+    Forward makes the weight that is multiplied. Backward contracts ``dy^T x``, and makes the weight again. The rank's
+    products are Z each time, and those for d_a and d_b.
+    """
+    moved, products = (5, 5) if backward else (2, 1)
+    return Cost(itemsize * moved * shape.K * shape.N, 2 * rank * products * shape.K * shape.N)
+
+
+def sinc_cost(shape: Shape, rank: int, itemsize: int = 2, *, backward: bool = True) -> Cost:
+    """SincUpdate beyond the frozen layer: its passes, and backward the product ``dy^T x``."""
+    cost = sinc_passes_cost(shape, rank, itemsize, backward=backward)
+    if not backward:
+        return cost
+    M, K, N = shape.M, shape.K, shape.N
+    return cost + Cost(itemsize * (M * K + M * N + K * N), 2 * M * K * N)
+
+
 def experts_passes_cost(layer: ExpertsShape, itemsize: int = 2, *, backward: bool = True) -> Cost:
     """What the frozen experts move besides their products: the activation and the combination, as passes of their own.
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import dense, moe, projection
-from benchmarks.floors import Machine, accumulating_cost
+from benchmarks import dense, moe, projection, sinc
+from benchmarks.floors import Machine, accumulating_cost, sinc_passes_cost
 from benchmarks.providers import FORWARD_BACKWARD
 from benchmarks.shapes import LONG_SHAPES, ExpertsShape, olmoe, qwen3
 
@@ -73,7 +73,7 @@ def goals(content: dict[str, Any]) -> list[Goal]:
     rows = Rows(content)
     if _DEVICE not in content["device"] or not rows.found:
         return []
-    return [*_dense(rows), *_experts(rows), *_peft_case(rows), *_skew(rows)]
+    return [*_dense(rows), *_experts(rows), *_peft_case(rows), *_skew(rows), *_sinc(rows)]
 
 
 def _dense(rows: Rows) -> Iterator[Goal]:
@@ -124,6 +124,15 @@ def _skew(rows: Rows) -> Iterator[Goal]:
     ):
         ratio = quotient(rows.overhead(case, OURS), uniform)
         yield Goal(f"OLMoE 8192, {name}: overhead over that of uniform ranks and routing", limit, ratio, "x")
+
+
+def _sinc(rows: Rows) -> Iterator[Goal]:
+    """A third product beside the frozen layer's two, and the passes over the weight at the bandwidth."""
+    for case in sinc.cases(torch.device("cuda")):
+        base, machine = rows.time(case.id, "base"), rows.machines.get("bf16")
+        if base and machine:
+            limit = 1.6 * base + sinc_passes_cost(case.shape, case.max_rank).floor_ms(machine)
+            yield Goal(f"{case.layer}: 1.6 times the base layer, and its passes", limit, rows.time(case.id, OURS), "ms")
 
 
 def table(content: dict[str, Any]) -> list[list[str]]:

@@ -111,10 +111,10 @@ class Case:
         problem = ExpertsProblem.random(self.shape, self.dtype, self.expert_ranks, device, self.routing)
         return lambda builder, _: BUILDERS[builder](problem), ExpertsOracle(problem).check
 
-    def work(self, rank: int, mode: str) -> Cost:
-        """What has to be done: the base layer's work for rank 0, else that of the mean rank in every expert."""
+    def work(self, provider: Provider, mode: str) -> Cost:
+        """What has to be done: the base layer's work, or that of the mean rank in every expert."""
         size, backward = self.dtype.itemsize, mode == FORWARD_BACKWARD
-        if rank == 0:
+        if provider.rank == 0:
             return base_cost(self.shape, size, backward=backward)
         return lora_cost(self.shape, self.mean_rank, size, size, backward=backward)
 

@@ -64,8 +64,8 @@ class Case(Protocol):
     def prepare(self, device: torch.device) -> tuple[Callable[[str, int], Provider], Callable[[Provider], None]]:
         """How to build a provider from (builder, live rank), and the check of its parity, which raises."""
 
-    def work(self, rank: int, mode: str) -> Cost:
-        """What has to be done: the base layer's work for rank 0, else the work of the components alone."""
+    def work(self, provider: Provider, mode: str) -> Cost:
+        """What has to be done: the base layer's work, or the work of the adapter alone."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _race(case: Case, providers: dict[str, Provider], mode: str, device: torch.d
     outcomes: Outcomes = {(mode, name): error for name, error in failed.items()}
     for name, taken in times.items():
         provider, kind = providers[name], timers[name].kind
-        cost, time, overhead = case.work(provider.rank, mode), _milliseconds(taken), overheads.get(name)
+        cost, time, overhead = case.work(provider, mode), _milliseconds(taken), overheads.get(name)
         spent = (overhead or time).median / 1e3
         outcomes[mode, name] = Row(
             *(case.layer, DTYPES[case.dtype], case.max_rank, provider.rank, mode, name),

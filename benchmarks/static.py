@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.floors import H200, launch_cost
-from benchmarks.static_report.cases import Case, cases, launch
+from benchmarks.static_report.cases import PRIMITIVES, RANKLESS, Case, cases, launch
 from benchmarks.static_report.code import Code, read_codes
 from benchmarks.static_report.table import layer_floors, table
 from benchmarks.static_report.targets import TARGETS, Target
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a part for tests: bf16 on sm_90, the widest tiles elsewhere"
     )
+    parser.add_argument("--primitive", nargs="+", choices=[*PRIMITIVES, *RANKLESS], help="default: all")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compiler processes")
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     arguments = parser.parse_args()
@@ -98,7 +99,9 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=220)
-    rows = report(cases(arguments.target or list(TARGETS), arguments.quick), arguments.jobs, console)
+    selected = cases(arguments.target or list(TARGETS), arguments.quick)
+    selected = [case for case in selected if case.primitive in (arguments.primitive or [case.primitive])]
+    rows = report(selected, arguments.jobs, console)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     for target in TARGETS:

@@ -30,6 +30,7 @@ from lrlora_ops.tuning.search import Gpu, search
 
 PATH = Path(_measured.__file__)
 _RANKED = ("shrink", "expand", "gram", "shrink_gram")
+_OF_WEIGHTS = ("sinc_weight", "sinc_gradients")
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,16 @@ class Key:
         if self.kernel == "grouped_gemm":
             layouts, rank = (("grouped",) if self.capacity else ("few rows",)), 16
         else:
-            layouts, rank = ("dense", "grouped"), self.capacity
+            layouts = ("weight",) if self.kernel in _OF_WEIGHTS else ("dense", "grouped")
+            rank = self.capacity
         cases = [static_cases.Case("", self.kernel, rank, "bf16", "bf16", layout) for layout in layouts]
-        return [call_of(case, device) for case in cases]
+        calls = [call_of(case, device) for case in cases]
+        if self.kernel == "sinc_gradients":  # alone: with a weight it would write that over what it reads
+            calls[0].arguments["weight"] = None
+        return calls
 
 
-KEYS = [Key(kernel, capacity) for kernel in _RANKED for capacity in static_cases.CAPACITIES]
+KEYS = [Key(kernel, capacity) for kernel in (*_RANKED, *_OF_WEIGHTS) for capacity in static_cases.CAPACITIES]
 KEYS += [Key("grouped_gemm", many) for many in (0, 1)]
 
 

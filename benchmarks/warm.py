@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import dense, moe, projection
+from benchmarks import dense, moe, projection, sinc
 from benchmarks.race import Case
 
 _MOST_TOKENS = 8192  # longer cases launch what these do
@@ -24,7 +24,7 @@ _MOST_TOKENS = 8192  # longer cases launch what these do
 
 def all_cases(device: torch.device, quick: bool = False) -> list[Case]:
     """The cases of the whole suite, in the order in which they are measured."""
-    found: list[Any] = [*dense.cases(device, quick), *moe.cases(device, quick), *projection.cases(device, quick)]
+    found: list[Any] = [case for module in (dense, moe, projection, sinc) for case in module.cases(device, quick)]
     return sorted(found, key=lambda case: case.priority)
 
 

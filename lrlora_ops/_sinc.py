@@ -1,12 +1,12 @@
-"""sinc_weight and sinc_gradients in PyTorch: what CPU tensors run on, in tiles that stay in a core's cache.
+"""sinc_weight and sinc_gradients in PyTorch: what CPU tensors run on, in tiles that stay in the caches.
 
-With ``w = z / h``, m the nearest integer, ``f = w - m`` and ``r_k = 1 / (w - k)``, one sine serves all k:
+With ``w = z / h``, m the nearest integer, ``f = w - m`` and the quotients ``q_k = f / (w - k)``, one sine serves all k:
 
-    sinc(w - k)  = (-1)^(m - k) sin(pi f) / pi * r_k
-    sinc'(w - k) = (-1)^(m - k) (sinc(f) (m - k) r_k^2 + f^2 g(f) r_k)         g(f) = (cos(pi f) - sinc(f)) / f^2
+    sinc(w - k)  = (-1)^(m - k) sinc(f) q_k
+    sinc'(w - k) = (-1)^(m - k) (sinc(f) / f (q_k - q_k^2) + sinc'(f) q_k)
 
-Both sums over k are finite and cancel nowhere, near ``w = k`` too, if f is kept off zero: there ``f r_k = 1`` and
-``(m - k) r_k^2 = 0``. g is even and smooth on ``|f| <= 1/2``, so that its series is short.
+Where k = m, q_k is 1 to the bit if f is not zero, so that nothing cancels at ``w = k`` or near it. sinc'(f) is odd and
+smooth on ``|f| <= 1/2``: its series is short, and ``1 - sinc(f) = f sinc'(f) + 2 sin(pi f / 2)^2`` is accurate near 0.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import math
 import torch
 from torch import Tensor
 
-# The least |f|: a power of two, so that f (1 / f) is 1 to the bit, and large enough for 1 / f.
+# The least |f|, large enough for the square of a quotient.
 _LEAST = 2.0**-60
-_TILE = 2**16  # elements for each thread; ten such buffers in fp32 take 2.6 MB
+# Of all buffers, for each thread: smaller ones would stay in a core's L2, but a call of PyTorch costs more than that.
+# More threads than four share what four have: 16 MB in fp32.
+_ELEMENTS, _MOST_THREADS = 2**20, 4
+_PLAIN = 8  # buffers of a number for each element, beside those of a number for each k
 
 
 def _series(dtype: torch.dtype) -> list[float]:
-    """Coefficients of g(f) in powers of f^2, as many as the dtype can tell."""
-    terms = range(1, 14 if dtype == torch.float64 else 8)
+    """Coefficients of sinc'(f) / f in powers of f^2, as many as the dtype can tell."""
+    terms = range(1, 14 if dtype == torch.float64 else 7)
     return [(-1) ** j * math.pi ** (2 * j) * 2 * j / math.factorial(2 * j + 1) for j in terms]
 
 
@@ -31,13 +34,15 @@ class _Basis:
     """The sinc functions on one tile after another, in buffers that are allocated once."""
 
     def __init__(self, coefficients: Tensor, grid: float, like: Tensor) -> None:
-        self.reach = len(coefficients) // 2
-        self.c = coefficients.tolist()
-        self.signed = [(k, c * (-1) ** k) for k, c in zip(range(-self.reach, self.reach + 1), self.c, strict=True)]
-        self.grid, self.series = grid, _series(like.dtype)
-        self.size = _TILE * torch.get_num_threads()
-        self.buffers = like.new_empty(10, min(self.size, like.numel()))
-        self.buffers[-1] = 1
+        count = len(coefficients)
+        self.reach, self.grid = count // 2, grid
+        self.centres = torch.arange(-self.reach, self.reach + 1, dtype=like.dtype, device=like.device)[:, None]
+        self.signs = (1 - 2 * (self.centres[:, 0] % 2)).to(like.dtype)
+        self.c0, self.signed = float(coefficients[self.reach]), coefficients.to(like.dtype) * self.signs
+        self.series = [like.new_tensor(value) for value in _series(like.dtype)]
+        self.one = like.new_ones(())
+        self.size = max(1, _ELEMENTS // (count + _PLAIN)) * min(torch.get_num_threads(), _MOST_THREADS)
+        self.buffers = like.new_empty(count + _PLAIN, min(self.size, like.numel()))
 
     def tiles(self, values: Tensor) -> tuple[Tensor, ...]:
         """A contiguous tensor in pieces that the buffers are for."""
@@ -45,52 +50,53 @@ class _Basis:
 
     def _locate(self, z: Tensor) -> None:
         """w, m, f, and ``(-1)^m`` as sign, of the elements of a tile; w is an ulp at least away from every k."""
-        self.w, self.m, self.f, self.sign, self.sine, self.p, self.t, self.r, self.s, self.one = (
-            buffer[: z.numel()] for buffer in self.buffers
-        )
+        n = z.numel()
+        buffers = self.buffers.view(-1)[: len(self.buffers) * n].view(len(self.buffers), n)
+        self.w, self.m, self.f, self.sign, self.s, self.t, self.u, self.v = buffers[:_PLAIN]
+        self.q = buffers[_PLAIN:]
         torch.mul(z, 1 / self.grid, out=self.w)
         torch.round(self.w, out=self.m)
         torch.sub(self.w, self.m, out=self.f)
-        if z.numel() and torch.abs(self.f, out=self.s).amin() < _LEAST:
+        if n and torch.abs(self.f, out=self.s).amin() < _LEAST:
             centres = torch.abs(self.m, out=self.s).clamp_(max=self.reach)
             ulps = centres.mul_(2 * torch.finfo(z.dtype).eps).add_(_LEAST)
             torch.sub(self.w.add_(torch.copysign(ulps, self.f)), self.m, out=self.f)
-        torch.mul(self.m, 0.5, out=self.sign).frac_().abs_().mul_(-4).add_(1)
-        self.p.zero_()
+            self.f.masked_fill_(self.f == 0, _LEAST)  # of a w so large that an ulp is nothing
+        odd = torch.mul(self.m, 0.5, out=self.s).frac_()  # 0 or a half
+        torch.addcmul(self.one, odd, odd, value=-8, out=self.sign)
 
-    def _finish(self, z: Tensor) -> None:
-        """phi(z) in the place of z, with p, the sum of ``(-1)^k c_k r_k``, and the sine ``(-1)^m sin(pi f) / pi``."""
-        z.sub_(self.c[self.reach]).addcmul_(self.sine, self.p)
+    def _divide(self, numerator: Tensor) -> Tensor:
+        """``numerator / (w - k)``, a row for each k."""
+        return torch.div(numerator, torch.sub(self.w, self.centres, out=self.q), out=self.q)
 
     def value(self, z: Tensor) -> None:
         """phi(z) in the place of z."""
         self._locate(z)
-        for k, c in self.signed:
-            self.p.addcdiv_(self.one, torch.sub(self.w, k, out=self.r), value=c)
-        torch.mul(self.f, math.pi, out=self.sine).sin_().mul_(self.sign).mul_(1 / math.pi)
-        self._finish(z)
+        sine = torch.mul(self.f, math.pi, out=self.s).sin_().mul_(self.sign)
+        z.sub_(self.c0).addmv_(self._divide(sine).t(), self.signed, alpha=1 / math.pi)
 
     def differentiate(self, z: Tensor, d: Tensor, d_c: Tensor) -> None:
         """phi(z) in the place of z, ``d phi'(z)`` in that of d, and ``sum d (psi_k(z) - psi_k(0))`` added to d_c."""
         self._locate(z)
-        self.t.zero_()
-        square = self.f.square()
-        bent = torch.full_like(square, self.series[-1])  # f^2 g(f)
-        for coefficient in reversed(self.series[:-1]):
-            bent.mul_(square).add_(coefficient)
-        bent.mul_(square)
-        below_one = torch.mul(self.f, math.pi / 2, out=self.s).sin_().square_().mul_(-2).sub_(bent)  # sinc(f) - 1
-        sinc = (below_one + 1).mul_(self.sign)
-        d_sine = torch.mul(sinc, self.f, out=self.sine) * d
-        centre = torch.where(self.m == 0, d * below_one, torch.div(d_sine, self.w).sub_(d)).sum()
-        for index, (k, c) in enumerate(self.signed):
-            torch.sub(self.w, k, out=self.r).reciprocal_()
-            d_c[index] += centre if k == 0 else torch.dot(d_sine, self.r) * (-1) ** k
-            self.p.add_(self.r, alpha=c)
-            self.t.addcmul_(torch.sub(self.m, k, out=self.s).mul_(self.r), self.r, value=c)
-        slope = bent.mul_(self.p).mul_(self.sign).addcmul_(sinc, self.t)
-        d.mul_(slope.mul_(1 / self.grid).add_(1))
-        self._finish(z)
+        square = torch.mul(self.f, self.f, out=self.s)
+        torch.addcmul(self.series[-2], square, self.series[-1], out=self.t)
+        for coefficient in self.series[-3::-1]:
+            torch.addcmul(coefficient, self.t, square, out=self.t)
+        slope = self.t.mul_(self.f)  # sinc'(f)
+        half = torch.mul(self.f, math.pi / 2, out=self.u).sin_()
+        drop = torch.mul(self.f, slope, out=self.s).addcmul_(half, half, value=2)  # 1 - sinc(f)
+        sinc = torch.sub(self.one, drop, out=self.u).mul_(self.sign)
+        q, d_sinc = self._divide(self.f), torch.mul(d, sinc, out=self.v)
+        sums = torch.mv(q, d_sinc).mul_(self.signs)
+        # sum d (psi_0(z) - 1) would cancel where z is small.
+        sums[self.reach] = torch.dot(d_sinc, q[self.reach] - self.sign) - torch.dot(d, drop)
+        d_c += sums
+        p = torch.mv(q.t(), self.signed, out=self.s)
+        z.sub_(self.c0).addcmul_(sinc, p)
+        slope.mul_(p).mul_(self.sign)
+        bent = torch.mv(q.addcmul_(q, q, value=-1).t(), self.signed, out=self.s)
+        slope.addcmul_(sinc.div_(self.f), bent)
+        d.addcmul_(d, slope, value=1 / self.grid)
 
 
 def _product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ def sinc_weight(
     basis = _Basis(c, grid, phi)
     for z in basis.tiles(phi):
         basis.value(z)
-    return torch.add(weight, phi, alpha=scaling).to(dtype)
+    return torch.add(weight, phi, alpha=scaling, out=phi).to(dtype)
 
 
 @sinc_weight.register_fake
@@ -132,7 +138,7 @@ def sinc_gradients(
         basis.differentiate(z, d, d_c)
     d_a, d_b = b.to(d_z.dtype) @ d_z, a.to(d_z.dtype) @ d_z.t()
     if weight is not None:
-        m.copy_(torch.add(weight, phi, alpha=scaling))
+        torch.add(weight, phi, alpha=scaling, out=m)
     return d_a.mul_(scaling), d_b.mul_(scaling), d_c.mul_(scaling)
 
 

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("peft", reason="needs peft, as the benchmarks do")
 
-from benchmarks import dense, moe, projection, race
+from benchmarks import dense, moe, projection, race, sinc
 from benchmarks.floors import Machine, base_cost, lora_cost
 from benchmarks.memory import peak_bytes
 from benchmarks.providers import BUILDERS, FORWARD_BACKWARD, MODES, Oracle, Problem, Unavailable
@@ -218,7 +218,7 @@ def test_the_suite_runs(tmp_path):
     written = json.loads(results.read_text())
     assert {"device", "date", "commit", "versions", "machines"} < set(written)
     rows = {(row["layer"], row["mode"], row["provider"]): row for row in written["rows"]}
-    quick = [QUICK, *moe.cases(CPU, quick=True), *projection.cases(CPU, quick=True)]
+    quick = [QUICK, *moe.cases(CPU, quick=True), *projection.cases(CPU, quick=True), *sinc.cases(CPU, quick=True)]
     assert set(rows) == {(c.layer, mode, name) for c in quick for mode in c.modes for name in c.contenders()}
     for (*_, provider), row in rows.items():
         assert (row["overhead"] is None) == (provider == "base")

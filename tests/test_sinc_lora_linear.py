@@ -135,7 +135,7 @@ def check_parity(given: dict[str, Tensor], grid: float, dtype: torch.dtype, back
 @pytest.mark.parametrize("out_features", [130, 64])
 def test_parity_of_several_blocks(out_features, monkeypatch):
     """Of the eager backend: blocks of rows of the weight, and tiles that end within a row."""
-    monkeypatch.setattr("lrlora_ops._sinc._TILE", 1000)
+    monkeypatch.setattr("lrlora_ops._sinc._ELEMENTS", 1000 * (3 + 8))
     monkeypatch.setattr(importlib.import_module("lrlora_ops.ops.sinc_lora_linear"), "_BLOCK_ELEMENTS", 1)
     given = operands(Case((3,), 70, out_features, 2))
     check_parity(given, 0.7, torch.float32, "eager")
@@ -256,29 +256,6 @@ def test_keeps_x_and_the_parameters_alone():
     given = operands(Case((64,), 96, 80, 4, num_coefficients=9))
     saved = saved_for_backward(lambda: sinc_lora_linear(**given, grid=0.7, scaling=SCALING))
     assert sorted(tuple(t.shape) for t in saved) == sorted([(64, 96), (80, 96), (4, 96), (4, 80), (9,)])
-
-
-def test_eager_backend_makes_no_matrix_of_the_weight_s_size():
-    """The largest tensor that it allocates, forward and backward, is a block of rows or a tile for each thread."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if not func.is_view:
-                largest = max(
-                    [largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t))]
-                )
-            return out
-
-    given = operands(Case((2,), 2048, 2048, 2))
-    with Watch():
-        sinc_lora_linear(**given, grid=0.7, scaling=SCALING).sum().backward()
-    buffers = 10 * 2**16 * torch.get_num_threads()
-    assert 2**19 <= largest <= max(2**19, buffers) < 2048**2
 
 
 def test_autocast_casts_like_linear():

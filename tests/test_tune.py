@@ -30,16 +30,26 @@ def test_measured_tiles_of_this_gpu_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "key", [Key("shrink", 16), Key("expand", 32), Key("gram", 16), Key("grouped_gemm", 0)], ids=str
+    ("key", "count"),
+    [
+        (Key("shrink", 16), 2),
+        (Key("expand", 32), 2),
+        (Key("gram", 16), 2),
+        (Key("grouped_gemm", 0), 1),
+        (Key("sinc_weight", 16), 1),
+        (Key("sinc_gradients", 64), 1),
+    ],
+    ids=str,
 )
-def test_calls_are_those_of_the_static_report(key):
-    """Each call is one of the primitive, with tensors of the report's sizes."""
+def test_calls_are_those_of_the_static_report(key, count):
+    """Each call is one of the primitive, with tensors of the report's sizes, and can be made again."""
     calls = key.calls("meta")
-    assert len(calls) == (1 if key.kernel == "grouped_gemm" else 2)
+    assert len(calls) == count
     for call in calls:
         assert call.primitive == key.kernel
         first = next(value for value in call.arguments.values() if torch.is_tensor(value))
         assert first.shape[0] == tune.static_cases.SHAPE.M
+        assert (call.arguments.get("weight", 0) is None) == (key.kernel == "sinc_gradients")
 
 
 def test_the_table_is_written_for_one_device_at_a_time(tmp_path):

@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.floors import Cost, launch_cost
 from benchmarks.shapes import ExpertsShape, ProjectionShape, Shape
-from lrlora_ops import ExpertLinear, RankTable, grouped_lora_linear, lora_linear, moe_lora_mlp
+from lrlora_ops import ExpertLinear, RankTable, grouped_lora_linear, lora_linear, moe_lora_mlp, sinc_lora_linear
 from lrlora_ops.ops import _backends
 
 # Every launch of a Triton kernel passes through their ``run``.
@@ -98,6 +98,23 @@ def linear_launches(shape: Shape | ProjectionShape, rank: int) -> tuple[list[Lau
             y = lora_linear(x, linear.lora_A, linear.lora_B, weight=linear.weight[0], **options)
     with recorded_launches() as backward:
         torch.autograd.grad(y, [x, linear.lora_A, linear.lora_B, linear.gate], torch.empty_like(y))
+    return forward, backward
+
+
+def sinc_launches(
+    shape: Shape, rank: int, num_coefficients: int = 9, dtype: torch.dtype = torch.bfloat16
+) -> tuple[list[Launched], list[Launched]]:
+    """Of forward and of backward of a layer that a learned function moves, with every gradient; products apart."""
+    with torch.device("meta"):
+        x = torch.empty(shape.M, shape.K, dtype=dtype, requires_grad=True)
+        weight = torch.empty(shape.N, shape.K, dtype=dtype)
+        lora_A, lora_B = (torch.empty(rank, size, dtype=dtype, requires_grad=True) for size in (shape.K, shape.N))
+        coefficients = torch.empty(num_coefficients, requires_grad=True)
+    leaves = [x, lora_A, lora_B, coefficients]
+    with recorded_launches() as forward:
+        y = sinc_lora_linear(x, weight, lora_A, lora_B, coefficients, grid=0.1, scaling=1.0, backend="triton")
+    with recorded_launches() as backward:
+        torch.autograd.grad(y, leaves, torch.empty_like(y))
     return forward, backward
 
 

@@ -36,13 +36,12 @@ class SincLoRALinearFunction(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         ops, dtype = primitives(backend, x), _product_dtype(backend, x)
-        x_wide, y = x.to(dtype), []
+        x_wide, out = x.to(dtype), x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
         for rows in _blocks(backend, weight):
             moved = ops.sinc_weight(weight[rows], lora_A, lora_B[:, rows], coefficients, grid, scaling, dtype)
-            y.append(x_wide @ moved.t())
+            out[:, rows].addmm_(x_wide, moved.t(), beta=0)
         ctx.save_for_backward(x, lora_A, lora_B, coefficients, weight)
         ctx.grid, ctx.scaling, ctx.backend = grid, scaling, backend
-        out = _joined(y, 1)
         return (out if bias is None else out.add_(bias)).to(x.dtype)
 
     @staticmethod
@@ -66,7 +65,7 @@ class SincLoRALinearFunction(torch.autograd.Function):
                 moved = ops.sinc_weight(frozen, *low_rank, dtype)
             if needs_x:
                 d_x = dy_rows @ moved if d_x is None else d_x.addmm_(dy_rows, moved)
-        grads: list[Any] = [d_x, d_a, _joined(d_b, 1) if d_b else None, d_c]
+        grads: list[Any] = [d_x, d_a, torch.cat(d_b, 1) if d_b else None, d_c]
         for index, leaf in enumerate((x, lora_A, lora_B, coefficients)):
             grads[index] = grads[index].to(leaf.dtype) if ctx.needs_input_grad[index] else None
         return *grads, *[None] * 5
@@ -146,7 +145,3 @@ def _blocks(backend: str, weight: Tensor) -> Iterator[slice]:
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
