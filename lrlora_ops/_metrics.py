@@ -33,9 +33,10 @@ def metrics(adapters: Adapters) -> dict[str, float]:
     budgets = [policy.budget for policy in adapters.policies]
     if None not in budgets:
         figures["lrlora/budget"] = sum(budget for budget in budgets if budget is not None)
-    stable = [rank for module in adapters.modules.values() if (rank := module.shown_rank()).is_floating_point()]
+    shown = [module.shown_rank() for module in adapters.modules.values()]
+    stable = [rank for own in shown if own.is_floating_point() for rank in own.flatten().tolist()]
     if stable:
-        figures["lrlora/stable_rank_mean"] = sum(float(rank) for rank in stable) / len(stable)
+        figures["lrlora/stable_rank_mean"] = sum(stable) / len(stable)
     if len(kinds) > 1:
         figures |= {f"lrlora/rank_mean/{kind}": sum(own) / len(own) for kind, own in kinds.items()}
     return figures

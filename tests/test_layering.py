@@ -33,6 +33,7 @@ PARTS = {
     "apply": "adapters",
     "_live": "eager",
     "_sinc": "eager",
+    "_sinc_gemm": "eager",
 }  # modules that are one unit with another
 # Adapters.callback() and the like, and what only tensors on a GPU need, inside a function.
 UPWARD_ON_USE = {("adapters", "integrations"), ("routing", "ops")}
