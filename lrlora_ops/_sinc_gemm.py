@@ -99,7 +99,7 @@ def sinc_gemm_backward(
         dy_rows, x_rows = _rows(dy, dy_index, rows).to(dtype), None
         if needs_low_rank:
             x_rows = _rows(x, x_index, rows).to(dtype)
-            x_rows = x_rows if row_weights is None else x_rows * row_weights[rows, None].to(dtype)
+            x_rows = x_rows if row_weights is None else (x_rows * row_weights[rows, None]).to(dtype)
             own_d_a, own_d_b = _own(expert, len(weight), d_a, d_b)
         total = None
         for part in _blocks(frozen):
