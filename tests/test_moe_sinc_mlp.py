@@ -1,4 +1,4 @@
-"""moe_sinc_mlp: experts with moved weights, their output and every gradient against an oracle that goes token by token."""
+"""moe_sinc_mlp: experts with moved weights, output and every gradient against an oracle that goes token by token."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_eager_parity(case, dtype):
     [
         ("an expert without rows", torch.float32),
         ("as gpt-oss", torch.float16),
-        ("dropped, the last expert too", torch.float16),
+        ("dropped, the last expert too", torch.float32),
         ("transposed, a norm after", torch.float32),
     ],
 )
@@ -190,7 +190,7 @@ def test_parity_of_several_tiles_of_experts(monkeypatch):
 def test_parity_of_several_blocks_of_experts(monkeypatch):
     monkeypatch.setattr("lrlora_ops._sinc_gemm._BLOCK_ELEMENTS", 1)
     monkeypatch.setattr("lrlora_ops._sinc_gemm._BLOCK_ROWS", 7)
-    check_parity(layer(CASES["as gpt-oss"]), torch.float32, "eager")
+    check_parity(layer(CASES["as gpt-oss"], torch.float64), torch.float64, "eager")
 
 
 def test_gradcheck():

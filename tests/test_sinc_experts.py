@@ -46,6 +46,7 @@ def fill(adapters: Adapters) -> None:
 
 
 def adapted(model: nn.Module, method: SincUpdate = METHOD, targets: str | list[str] = "experts") -> Adapters:
+    torch.manual_seed(3)
     adapters = apply_lora(model, method, targets, dtype=next(model.parameters()).dtype)
     fill(adapters)
     return adapters
@@ -113,6 +114,7 @@ def test_forward_gradients_and_merge(name):
         close(grad, exact, tolerance)
     with torch.no_grad():
         merged = adapters.merge()
+        merged.set_experts_implementation("eager")  # of fp64, too
         close(output(merged, x), expected, tolerance)
     assert set(merged.state_dict()) == set(plain.state_dict())
 
