@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lrlora_ops import SincExpertLinear, moe_sinc_mlp
 from lrlora_ops.reference import moe_lora_mlp_reference, sinc_lora_linear_reference
-from tests._oracle import assert_within_budget, bits
+from tests._oracle import bits
 from tests.test_lora_linear import BACKENDS, DEVICE, SCALING, each_backend
 from tests.test_lora_linear_autograd import saved_for_backward
 from tests.test_moe_lora_mlp import clamped, rms_norm, swiglu
@@ -140,16 +140,27 @@ def results(y: Tensor, given: Layer) -> dict[str, Tensor]:
 
 
 def check_parity(given: Layer, dtype: torch.dtype, backend: str) -> None:
+    """In half and single precision within twice plain PyTorch's largest error, each relative to the largest value: a
+    bound for each result alone would be luck where that is five numbers. Formulas are checked in fp64."""
     y = run(given, backend=backend)
     assert y.dtype == dtype
     actual, exact = results(y, given), results(oracle(given), given)
-    simple = exact if dtype == torch.float64 else results(oracle(given, dtype), given)
     for name, value in actual.items():
         assert value.dtype == (dtype if name == "y" else given.leaves[name].dtype)
         if dtype == torch.float64:
             torch.testing.assert_close(value, exact[name], rtol=1e-9, atol=1e-10)
-        elif value.numel():
-            assert_within_budget(value.cpu(), exact[name].cpu(), simple[name].cpu())
+    if dtype != torch.float64:
+        plain = relative_errors(results(oracle(given, dtype), given), exact)
+        budget = 2 * max(plain.values()) + torch.finfo(dtype).eps
+        errors = relative_errors(actual, exact)
+        assert all(error <= budget for error in errors.values()), (budget, errors)
+
+
+def relative_errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """The largest difference of each, by the largest value."""
+    return {
+        name: float((actual[name].double() - value).abs().max() / value.abs().max()) for name, value in exact.items()
+    }
 
 
 @pytest.mark.parametrize("dtype", BACKENDS["eager"])
