@@ -130,7 +130,7 @@ _FLOPS = {
     "count_kernel": lambda arguments: arguments["num_pairs"],
     "scatter_kernel": lambda arguments: arguments["num_pairs"],
     "combine_kernel": lambda arguments: 2 * arguments["positions_ptr"].numel() * arguments["num_cols"],
-    "sinc_weight_kernel": lambda arguments: _product({**arguments, "WIDTH": arguments["rank"]}),
-    "sinc_gradients_kernel": lambda arguments: 3 * _product(arguments),
+    "sinc_weight_kernel": lambda arguments: 2 * arguments["out_ptr"].numel() * arguments["rank"],
+    "sinc_gradients_kernel": lambda arguments: 6 * arguments["m_ptr"].numel() * arguments["WIDTH"],
     "dropout_kernel": lambda arguments: 2 * arguments["x_ptr"].numel(),
 }

@@ -11,6 +11,7 @@ from lrlora_ops.kernels.route import route
 from lrlora_ops.kernels.shrink import shrink
 from lrlora_ops.kernels.shrink_gram import shrink_gram
 from lrlora_ops.kernels.sinc import sinc_gradients, sinc_weight
+from lrlora_ops.kernels.sinc_gemm import sinc_gemm, sinc_gemm_backward
 
 __all__ = [
     "adapter_gradients",
@@ -24,6 +25,8 @@ __all__ = [
     "route",
     "shrink",
     "shrink_gram",
+    "sinc_gemm",
+    "sinc_gemm_backward",
     "sinc_gradients",
     "sinc_weight",
 ]

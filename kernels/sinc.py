@@ -12,6 +12,9 @@ Z, phi and dZ exist a tile at a time, in registers. With ``w = z / h``, m the ne
 
 Neither cancels near ``w = k`` if f is kept off zero, where ``f r_k = 1`` and ``(m - k) r_k^2 = 0``. On ``|f| <= 1/2``
 sinc and g are short series, the same on every GPU.
+
+Experts are matrices of one tensor, each with its own rows of a and b, and one c for all. Those without rows are left
+out: nothing reads what their part of a buffer holds.
 """
 
 import torch
@@ -20,127 +23,65 @@ import triton.language as tl
 from torch import Tensor
 
 from lrlora_ops.kernels._configs import tile_for
+from lrlora_ops.kernels._phi import (
+    cosine_below_sinc,
+    load_factors,
+    locate,
+    low_rank_tile,
+    parity,
+    signed,
+    sinc_below_one,
+)
 from lrlora_ops.kernels._reduce import reduce_slabs
 from lrlora_ops.kernels._tiles import dot_precision, padded_rank, row_major
 
 # Columns that a program of sinc_gradients adds up: partial sums of d_b, one for each span, weigh little then.
 _SPAN = 512
-# The least |f|: a power of two, so that f (1 / f) is 1 to the bit, and large enough for 1 / f^2.
-_LEAST = tl.constexpr(2.0**-60)
-_PI_SQUARED = tl.constexpr(9.869604401089358)
 
 
 @triton.jit
-def low_rank_tile(
-    a_ptr,  # [R, K]
-    b_ptr,  # [R, N]
-    rank,
-    offs_n,
-    mask_n,
-    offs_k,
-    mask_k,
-    num_rows,
-    num_cols,
-    dtype: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+def has_no_rows(
+    group_offsets_ptr,  # [E + 1], unused unless GROUPED
+    expert,
+    GROUPED: tl.constexpr,
 ):
-    """``sum_j b[j, n] a[j, k]`` in fp32, of factors in ``dtype``."""
-    z = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    for r in range(0, rank, BLOCK_R):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        a, b = load_factors(a_ptr, b_ptr, rank, offs_r, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype)
-        z = tl.dot(tl.trans(b), a, z, input_precision=PRECISION)
-    return z
-
-
-@triton.jit
-def load_factors(
-    a_ptr,  # [R, K]
-    b_ptr,  # [R, N]
-    rank,
-    offs_r,
-    offs_n,
-    mask_n,
-    offs_k,
-    mask_k,
-    num_rows,
-    num_cols,
-    dtype: tl.constexpr,
-):
-    """a ``[BLOCK_R, BLOCK_K]`` and b ``[BLOCK_R, BLOCK_N]`` in ``dtype``, zero beyond the rank."""
-    mask_r = offs_r < rank
-    rows = offs_r.to(tl.int64)[:, None]
-    a = tl.load(a_ptr + rows * num_cols + offs_k[None, :], mask=mask_r[:, None] & mask_k[None, :], other=0.0)
-    b = tl.load(b_ptr + rows * num_rows + offs_n[None, :], mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-    return a.to(dtype), b.to(dtype)
-
-
-@triton.jit
-def locate(z, inverse_grid):
-    """m, f, and ``(-1)^m``, for ``w = z / h = m + f``."""
-    w = z * inverse_grid
-    m = tl.floor(w + 0.5)
-    f = w - m
-    f = tl.where(tl.abs(f) < _LEAST, _LEAST, f)
-    return m, f, parity(m)
-
-
-@triton.jit
-def parity(m):
-    """``(-1)^m``."""
-    half = m * 0.5
-    return 1.0 - 4.0 * (half - tl.floor(half))
-
-
-@triton.jit
-def signed(index, reach):
-    """``(-1)^k`` for ``k = index - reach``."""
-    return 1.0 - 2.0 * ((index + reach) % 2)
-
-
-@triton.jit
-def sinc_below_one(f):
-    """``sinc(f) - 1`` for ``|f| <= 1/2``, by its series."""
-    x = f * f * _PI_SQUARED
-    tail = x * 0.0 + 1.0
-    for j in tl.static_range(7, 1, -1):
-        tail = 1.0 - x * tail * (1.0 / (2 * j * (2 * j + 1)))
-    return -x * tail * (1.0 / 6.0)
-
-
-@triton.jit
-def cosine_below_sinc(f):
-    """``cos(pi f) - sinc(f)`` for ``|f| <= 1/2``, by its series: the difference would cancel."""
-    x = f * f * _PI_SQUARED
-    tail = x * 0.0 + 1.0
-    for j in tl.static_range(6, 0, -1):
-        tail = 1.0 - x * tail * (1.0 / (2 * j * (2 * j + 3)))
-    return -x * tail * (1.0 / 3.0)
+    """Whether there is nothing that the expert's weight is multiplied with."""
+    is_idle = expert < 0
+    if GROUPED:
+        is_idle = tl.load(group_offsets_ptr + expert) == tl.load(group_offsets_ptr + expert + 1)
+    return is_idle
 
 
 @triton.jit
 def sinc_weight_kernel(
-    weight_ptr,  # [N, K]
-    a_ptr,  # [R, K]
-    b_ptr,  # [R, N]
+    weight_ptr,  # [E, N, K]
+    a_ptr,  # [E * R, K]
+    b_ptr,  # [E * R, N]
     c_ptr,  # [2 reach + 1] fp32
-    out_ptr,  # [N, K], output
+    out_ptr,  # [E, N, K], output
+    group_offsets_ptr,  # [E + 1]
     rank,
     num_rows,
     num_cols,
+    stride_we,
     stride_wn,
     reach,
     inverse_grid,
     scaling,
+    GROUPED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One tile of the weight that the base product reads. Grid: (row tiles, column tiles)."""
+    """One tile of the weight that the base product reads. Grid: (row tiles, column tiles, E)."""
+    if has_no_rows(group_offsets_ptr, tl.program_id(2), GROUPED):
+        return
+    expert = tl.program_id(2).to(tl.int64)
+    weight_ptr += expert * stride_we
+    out_ptr += expert * num_rows * num_cols
+    a_ptr += expert * rank * num_cols
+    b_ptr += expert * rank * num_rows
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_n, mask_k = offs_n < num_rows, offs_k < num_cols
@@ -163,19 +104,21 @@ def sinc_weight_kernel(
 
 @triton.jit
 def sinc_gradients_kernel(
-    m_ptr,  # [N, K]
-    a_ptr,  # [R, K]
-    b_ptr,  # [R, N]
+    m_ptr,  # [E, N, K]
+    a_ptr,  # [E * R, K]
+    b_ptr,  # [E * R, N]
     c_ptr,  # [2 reach + 1] fp32
-    d_a_ptr,  # [row tiles, WIDTH, K] fp32, output
-    d_b_ptr,  # [spans, WIDTH, N] fp32, output
-    d_c_ptr,  # [row tiles * spans, BLOCK_C] fp32, output
+    d_a_ptr,  # [E, row tiles, WIDTH, K] fp32, output
+    d_b_ptr,  # [E, spans, WIDTH, N] fp32, output
+    d_c_ptr,  # [E, row tiles, spans, BLOCK_C] fp32, output
+    group_offsets_ptr,  # [E + 1]
     rank,
     num_rows,
     num_cols,
     reach,
     inverse_grid,
     WIDTH: tl.constexpr,
+    GROUPED: tl.constexpr,
     PRECISION: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -183,10 +126,17 @@ def sinc_gradients_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """A span of SPAN tiles along K by BLOCK_N rows by BLOCK_R rank slots. Grid: (row tiles, spans, rank tiles)."""
-    pid_n, span = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    """A span of SPAN tiles along K by BLOCK_N rows by BLOCK_R rank slots. Grid: (row tiles, spans, E * rank tiles)."""
+    if has_no_rows(group_offsets_ptr, tl.program_id(2) // (WIDTH // BLOCK_R), GROUPED):
+        return
+    expert = (tl.program_id(2) // (WIDTH // BLOCK_R)).to(tl.int64)
+    first_slot = tl.program_id(2) % (WIDTH // BLOCK_R) * BLOCK_R
+    m_ptr += expert * num_rows * num_cols
+    a_ptr += expert * rank * num_cols
+    b_ptr += expert * rank * num_rows
+    pid_n, span = expert * tl.num_programs(0) + tl.program_id(0), expert * tl.num_programs(1) + tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = first_slot + tl.arange(0, BLOCK_R)
     offs_c = tl.arange(0, BLOCK_C)[None, :]
     mask_n = offs_n < num_rows
     rows = offs_n.to(tl.int64)[:, None]
@@ -230,39 +180,77 @@ def sinc_gradients_kernel(
 
     d_b_rows = (span * WIDTH + offs_r)[None, :] * num_rows
     tl.store(d_b_ptr + d_b_rows + offs_n[:, None], d_b, mask=(offs_r < rank)[None, :] & mask_n[:, None])
-    if tl.program_id(2) == 0:
-        d_c_row = (pid_n * tl.num_programs(1) + span) * BLOCK_C
+    if first_slot == 0:
+        d_c_row = (pid_n * tl.num_programs(1) + tl.program_id(1)) * BLOCK_C
         tl.store(d_c_ptr + d_c_row + tl.arange(0, BLOCK_C), tl.sum(d_c, 0))
 
 
 @torch.library.custom_op("lrlora_triton::sinc_weight", mutates_args=())
 def sinc_weight(
-    weight: Tensor, a: Tensor, b: Tensor, c: Tensor, grid: float, scaling: float, dtype: torch.dtype
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    grid: float,
+    scaling: float,
+    dtype: torch.dtype,
+    group_offsets: Tensor | None = None,
 ) -> Tensor:
-    """``W + scaling * phi(b^T a)``, ``[N, K]`` in ``dtype``, for a ``[R, K]``, b ``[R, N]`` and fp32 c ``[2n + 1]``."""
+    """``W + scaling * phi(b^T a)``, ``[N, K]`` in ``dtype``, for a ``[R, K]``, b ``[R, N]`` and fp32 c ``[2n + 1]``.
+
+    Of experts: ``[E, N, K]``, a ``[E * R, K]`` and b ``[E * R, N]``; what is of an expert without rows is not set.
+    """
+    return moved_weight(weight, a, b, c, grid, scaling, dtype, group_offsets)
+
+
+def moved_weight(
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    grid: float,
+    scaling: float,
+    dtype: torch.dtype,
+    group_offsets: Tensor | None = None,
+) -> Tensor:
+    """``sinc_weight``, for other launchers."""
     out = weight.new_empty(weight.shape, dtype=dtype)
-    _write_weight(out, weight, a, b, c, grid, scaling)
+    _write_weight(out, weight, a, b, c, grid, scaling, group_offsets)
     return out
 
 
-def _write_weight(out: Tensor, weight: Tensor, a: Tensor, b: Tensor, c: Tensor, grid: float, scaling: float) -> None:
+def _write_weight(
+    out: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    grid: float,
+    scaling: float,
+    group_offsets: Tensor | None,
+) -> None:
     if out.numel() == 0:
         return
-    weight, (num_rows, num_cols) = row_major(weight), out.shape
-    tile = tile_for("sinc_weight", padded_rank(a.shape[0]), weight.dtype)
-    sinc_weight_kernel[triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_cols, tile.block_n)](
+    weight = row_major(weight if weight.dim() == 3 else weight[None])
+    num_experts, num_rows, num_cols = weight.shape
+    rank = a.shape[0] // num_experts
+    tile = tile_for("sinc_weight", padded_rank(rank), weight.dtype)
+    sinc_weight_kernel[triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_cols, tile.block_n), num_experts](
         weight,
         a.contiguous(),
         b.contiguous(),
         c.contiguous(),
         out,
-        a.shape[0],
+        group_offsets,
+        rank,
         num_rows,
         num_cols,
         weight.stride(0),
+        weight.stride(1),
         len(c) // 2,
         1 / grid,
         scaling,
+        GROUPED=group_offsets is not None,
         PRECISION=dot_precision(weight.dtype),
         BLOCK_N=tile.block_m,
         BLOCK_K=tile.block_n,
@@ -272,30 +260,54 @@ def _write_weight(out: Tensor, weight: Tensor, a: Tensor, b: Tensor, c: Tensor, 
 
 
 @sinc_weight.register_fake
-def _(weight, a, b, c, grid, scaling, dtype):
+def _(weight, a, b, c, grid, scaling, dtype, group_offsets=None):
     return weight.new_empty(weight.shape, dtype=dtype)
 
 
 @torch.library.custom_op("lrlora_triton::sinc_gradients", mutates_args=("m",))
 def sinc_gradients(
-    m: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, c: Tensor, grid: float, scaling: float
+    m: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    grid: float,
+    scaling: float,
+    group_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contracts ``m = dy^T x`` ``[N, K]`` into d_a ``[R, K]``, d_b ``[R, N]`` and d_c ``[2n + 1]``, all in fp32.
 
     m itself becomes ``W + scaling * phi(b^T a)`` if ``weight`` is given, and is used up otherwise.
+    Of experts: m ``[E, N, K]``, d_a ``[E * R, K]``, d_b ``[E * R, N]``; zeros for an expert without rows.
     """
-    (num_rows, num_cols), rank, width = m.shape, a.shape[0], padded_rank(a.shape[0])
+    return contracted(m, weight, a, b, c, grid, scaling, group_offsets)
+
+
+def contracted(
+    m: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    grid: float,
+    scaling: float,
+    group_offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``sinc_gradients``, for other launchers."""
     d_a, d_b, d_c = (torch.zeros(t.shape, dtype=torch.float32, device=m.device) for t in (a, b, c))
     if m.numel() == 0:
         return d_a, d_b, d_c
+    num_experts, (num_rows, num_cols) = (1 if m.dim() == 2 else m.shape[0]), m.shape[-2:]
+    rank = a.shape[0] // num_experts
+    width = padded_rank(rank)
     tile = tile_for("sinc_gradients", width, m.dtype)
     span = triton.cdiv(_SPAN, tile.block_n)  # in tiles
     row_tiles, spans = triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_cols, tile.block_n * span)
     rank_tiles, block_c = triton.cdiv(width, tile.block_r), max(16, triton.next_power_of_2(len(c)))
-    d_a_partial = d_a.new_empty(row_tiles, width, num_cols)
-    d_b_partial = d_b.new_empty(spans, width, num_rows)
-    d_c_partial = d_c.new_empty(row_tiles * spans, block_c, 1)
-    sinc_gradients_kernel[row_tiles, spans, rank_tiles](
+    d_a_partial = d_a.new_empty(num_experts * row_tiles, width, num_cols)
+    d_b_partial = d_b.new_empty(num_experts * spans, width, num_rows)
+    d_c_partial = d_c.new_zeros(num_experts * row_tiles * spans, block_c, 1)  # those without rows write nothing
+    sinc_gradients_kernel[row_tiles, spans, num_experts * rank_tiles](
         m,
         a.contiguous(),
         b.contiguous(),
@@ -303,12 +315,14 @@ def sinc_gradients(
         d_a_partial,
         d_b_partial,
         d_c_partial,
+        group_offsets,
         rank,
         num_rows,
         num_cols,
         len(c) // 2,
         1 / grid,
         WIDTH=width,
+        GROUPED=group_offsets is not None,
         PRECISION=dot_precision(m.dtype),
         SPAN=span,
         BLOCK_C=block_c,
@@ -317,14 +331,26 @@ def sinc_gradients(
         BLOCK_R=tile.block_r,
         **tile.launch_options(),
     )
-    for partial, d in ((d_a_partial, d_a), (d_b_partial, d_b), (d_c_partial, d_c[:, None])):
-        live = torch.full((1,), d.shape[0], dtype=torch.int32, device=m.device)
-        reduce_slabs(partial, d, live, scaling, None, None, None)
+    ranks, components = _owned(rank, group_offsets, m)
+    for partial, d, splits in ((d_a_partial, d_a, row_tiles), (d_b_partial, d_b, spans)):
+        splits = 0 if components is None else splits
+        reduce_slabs(partial, d, ranks, scaling, None, components, None, splits=splits)
+    of_all = torch.full((1,), len(c), dtype=torch.int32, device=m.device)
+    reduce_slabs(d_c_partial, d_c[:, None], of_all, scaling, None, None, None)
     if weight is not None:  # a launch of its own: within the kernel it would take the registers that there are
-        _write_weight(m, weight, a, b, c, grid, scaling)
+        _write_weight(m, weight, a, b, c, grid, scaling, group_offsets)
     return d_a, d_b, d_c
 
 
+def _owned(rank: int, group_offsets: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Ranks ``[E]``, 0 for an expert without rows, and its components ``[E, R]``, in order; None for one expert."""
+    if group_offsets is None:
+        return torch.full((1,), rank, dtype=torch.int32, device=like.device), None
+    num_experts = group_offsets.shape[0] - 1
+    components = torch.arange(num_experts * rank, dtype=torch.int32, device=like.device)
+    return (group_offsets.diff() > 0).to(torch.int32) * rank, components.view(num_experts, rank)
+
+
 @sinc_gradients.register_fake
-def _(m, weight, a, b, c, grid, scaling):
+def _(m, weight, a, b, c, grid, scaling, group_offsets=None):
     return tuple(t.new_empty(t.shape, dtype=torch.float32) for t in (a, b, c))

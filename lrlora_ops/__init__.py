@@ -4,12 +4,21 @@ from lrlora_ops.adapters import Adapters
 from lrlora_ops.apply import apply_lora, load_adapter
 from lrlora_ops.methods import DynamicRank, FixedRank, LearnedRank, SincUpdate
 from lrlora_ops.modules import (
+    SincLoRAExperts,
     SincLoRALinear,
     VariableRankLoRAExperts,
     VariableRankLoRAGroupedLinear,
     VariableRankLoRALinear,
 )
-from lrlora_ops.ops import ExpertLinear, grouped_lora_linear, lora_linear, moe_lora_mlp, sinc_lora_linear
+from lrlora_ops.ops import (
+    ExpertLinear,
+    SincExpertLinear,
+    grouped_lora_linear,
+    lora_linear,
+    moe_lora_mlp,
+    moe_sinc_mlp,
+    sinc_lora_linear,
+)
 from lrlora_ops.rank_table import RankTable
 from lrlora_ops.routing import Routing
 
@@ -23,6 +32,8 @@ __all__ = [
     "LearnedRank",
     "RankTable",
     "Routing",
+    "SincExpertLinear",
+    "SincLoRAExperts",
     "SincLoRALinear",
     "SincUpdate",
     "VariableRankLoRAExperts",
@@ -33,5 +44,6 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "moe_lora_mlp",
+    "moe_sinc_mlp",
     "sinc_lora_linear",
 ]

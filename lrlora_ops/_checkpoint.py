@@ -175,7 +175,8 @@ def _keys(settings: Mapping[str, Any]) -> list[str]:
     """The names of an adapter's tensors within its state dict."""
     pools = [f"{name}." if name else "" for name in settings["features"]]
     own = ["coefficients"] if "num_coefficients" in settings else []
-    return ["table.components", "table.ranks", *own, *(f"{pool}lora_{side}" for pool in pools for side in "AB")]
+    own += ["lora_A", "lora_B"]
+    return ["table.components", "table.ranks", *(f"{pool}{name}" for pool in pools for name in own)]
 
 
 def _describe(adapters: Adapters) -> list[dict[str, Any]]:
@@ -230,11 +231,11 @@ def _check_tensors(name: str, settings: Mapping[str, Any], tensors: Mapping[str,
     """The tensors have the shapes, and the table the range, that the settings say."""
     experts, most, size = settings["num_experts"], settings["max_rank"], settings["pool_size"]
     shapes = {"table.components": [experts, most], "table.ranks": [experts]}
-    if "num_coefficients" in settings:
-        shapes["coefficients"] = [settings["num_coefficients"]]
     for pool, (in_features, out_features) in settings["features"].items():
         prefix = f"{pool}." if pool else ""
         shapes |= {f"{prefix}lora_A": [size, in_features], f"{prefix}lora_B": [size, out_features]}
+        if "num_coefficients" in settings:
+            shapes[f"{prefix}coefficients"] = [settings["num_coefficients"]]
     for key, shape in shapes.items():
         found = list(tensors[f"{name}.{key}"].shape)
         if found != shape:

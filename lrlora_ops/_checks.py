@@ -45,6 +45,36 @@ def check_sinc(
     _check_frozen("weight", weight, (lora_B.shape[1], x.shape[-1]), x, has_base=False)
     if bias is not None:
         _check_frozen("bias", bias, (lora_B.shape[1],), x, has_base=False)
+    _check_phi(coefficients, grid)
+    check_devices(x, weight=weight, lora_A=lora_A, lora_B=lora_B, coefficients=coefficients, bias=bias)
+
+
+def check_sinc_experts(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    coefficients: Tensor,
+    grid: float,
+    bias: Tensor | None,
+    transposed: bool,
+) -> None:
+    """One projection of all experts for ``moe_sinc_mlp``: weight [E, N, K] or [E, K, N], bias [E, N]."""
+    _check_pool(x, lora_A, lora_B)
+    num_experts = weight.shape[0]
+    if lora_A.shape[0] % num_experts:
+        raise ValueError(
+            f"lora_A has {lora_A.shape[0]} rows for {num_experts} experts; it must have as many for each of them"
+        )
+    features = (lora_A.shape[1], lora_B.shape[1]) if transposed else (lora_B.shape[1], lora_A.shape[1])
+    _check_frozen("weight", weight, (num_experts, *features), x, has_base=False)
+    if bias is not None:
+        _check_frozen("bias", bias, (num_experts, lora_B.shape[1]), x, has_base=False)
+    _check_phi(coefficients, grid)
+    check_devices(x, weight=weight, lora_A=lora_A, lora_B=lora_B, coefficients=coefficients, bias=bias)
+
+
+def _check_phi(coefficients: Tensor, grid: float) -> None:
     if coefficients.dim() != 1 or coefficients.shape[0] % 2 == 0:
         raise ValueError(
             f"coefficients has shape {tuple(coefficients.shape)}; it must be [2n + 1], one for each k from -n to n"
@@ -53,7 +83,6 @@ def check_sinc(
         raise ValueError(f"coefficients is {coefficients.dtype}; it must be torch.float32 or torch.float64")
     if not 0 < grid < float("inf"):
         raise ValueError(f"grid is {grid}; it must be a finite number above 0, the distance between two sinc functions")
-    check_devices(x, weight=weight, lora_A=lora_A, lora_B=lora_B, coefficients=coefficients, bias=bias)
 
 
 def check_grouped(

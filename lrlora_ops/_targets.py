@@ -10,8 +10,8 @@ from torch import nn
 
 from lrlora_ops._read_past import layers_read_past
 from lrlora_ops.methods import Method
-from lrlora_ops.modules import VariableRankLoRAExperts
 from lrlora_ops.modules._adapter import RankAdapter
+from lrlora_ops.modules._experts import ExpertsAdapter
 from lrlora_ops.modules._interface import CHILD, is_experts
 
 ALL_LINEAR, EXPERTS = "all-linear", "experts"
@@ -64,7 +64,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] | None) -> dict[
 def find_adapters(model: nn.Module) -> dict[str, RankAdapter]:
     """The adapters in a model, by the name of the layer or of the experts module that they adapt."""
     named = ((name, m) for name, m in model.named_modules() if isinstance(m, RankAdapter))
-    return {name.removesuffix(f".{CHILD}") if isinstance(m, VariableRankLoRAExperts) else name: m for name, m in named}
+    return {name.removesuffix(f".{CHILD}") if isinstance(m, ExpertsAdapter) else name: m for name, m in named}
 
 
 def unadapted_experts(model: nn.Module) -> list[str]:
@@ -148,7 +148,7 @@ def choose_methods(
         return [(method, list(found))]
     served: dict[str, list[str]] = {pattern: [] for pattern in method}
     for name, module in found.items():
-        keyword = EXPERTS if is_experts(module) or isinstance(module, VariableRankLoRAExperts) else ALL_LINEAR
+        keyword = EXPERTS if is_experts(module) or isinstance(module, ExpertsAdapter) else ALL_LINEAR
         pattern = next((p for p in method if p == keyword or matches(name, p)), None)
         if pattern is None:
             raise ValueError(f"{name} is a target, but no method's pattern matches it: {list(method)}; add one")

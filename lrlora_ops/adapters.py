@@ -135,8 +135,8 @@ class Adapters:
     def ranks(self) -> dict[str, Tensor]:
         """int32 per adapter: its rank, ``[]``, or those of its experts, ``[E]``.
 
-        While ranks are learned, what rounding them now would give. Of a ``SincLoRALinear``, whose update has no rank to
-        speak of, the stable rank, fp32 ``[]``.
+        While ranks are learned, what rounding them now would give. Of a ``SincUpdate``, which has no rank to speak of,
+        the stable rank, fp32: of experts the mean of an expert's projections.
         """
         return {name: module.shown_rank().detach().clone() for name, module in self.modules.items()}
 
@@ -155,8 +155,8 @@ class Adapters:
     def summary(self) -> str:
         """Print, and return, a line per projection and the totals: ranks, live parameters, memory held.
 
-        The rank of experts is the sum of their ranks. Of a ``SincLoRALinear`` it is the stable rank, beside the rows of
-        A and B as "max", and its coefficients are no rank's parameters: they are left out.
+        The rank of experts is the sum of their ranks. Of a ``SincUpdate`` it is the stable rank, beside the rows of A
+        and B as "max", and its coefficients are no rank's parameters: they are left out.
         """
         columns = "{:<48} {:>7} {:>7} {:>7} {:>5} {:>4} {:>12} {:>9}"
         lines = [columns.format("adapter", "experts", "in", "out", "rank", "max", "parameters", "KiB held")]
@@ -169,7 +169,7 @@ class Adapters:
                 held = module.table.pool_size * width * pool.lora_A.element_size() / 1024
                 totals = [total + new for total, new in zip(totals, (rank, rank * width, held), strict=True)]
                 sizes = (experts, pool.in_features, pool.out_features)
-                ranks = (f"{shown:.1f}" if shown.is_floating_point() else rank, module.max_rank)
+                ranks = (f"{shown.sum():.1f}" if shown.is_floating_point() else rank, module.max_rank)
                 full_name = f"{name}.{projection}" if projection else name
                 lines.append(columns.format(full_name, *sizes, *ranks, f"{rank * width:,}", f"{held:,.1f}"))
         components, parameters, held = totals

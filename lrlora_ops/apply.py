@@ -18,9 +18,10 @@ from lrlora_ops._sharding import is_sharded
 from lrlora_ops._targets import call_every_layer, choose_methods, find_adapters, find_targets
 from lrlora_ops.adapters import Adapters
 from lrlora_ops.methods import Method, SincUpdate
-from lrlora_ops.modules import SincLoRALinear, VariableRankLoRAExperts, VariableRankLoRALinear
+from lrlora_ops.modules import SincLoRAExperts, SincLoRALinear, VariableRankLoRAExperts, VariableRankLoRALinear
 from lrlora_ops.modules._adapter import RankAdapter, replace_module, set_ranks, silence_dead, unique_tables
 from lrlora_ops.modules._interface import is_experts
+from lrlora_ops.modules._sinc import SincPool
 
 
 def apply_lora(
@@ -219,13 +220,13 @@ def _adapter(name: str, layer: nn.Module, method: Method, **options: Any) -> Ran
 
 
 def _check_adopted(name: str, layer: RankAdapter, method: Method) -> None:
-    if isinstance(layer, SincLoRALinear) != isinstance(method, SincUpdate):
+    if isinstance(layer, SincLoRALinear | SincLoRAExperts) != isinstance(method, SincUpdate):
         raise ValueError(
             f"{name} is a {type(layer).__name__}, which {type(method).__name__} cannot rule: SincUpdate is for "
-            "SincLoRALinear, and every other method for the others"
+            "SincLoRALinear and SincLoRAExperts, and every other method for the others"
         )
     if isinstance(method, SincUpdate):
-        has, wanted = (layer.max_rank, len(layer.coefficients)), (method.rank, method.num_coefficients)  # type: ignore
+        has, wanted = (layer.max_rank, layer.settings()["num_coefficients"]), (method.rank, method.num_coefficients)
         if has != wanted:
             raise ValueError(f"{name} has (rank, num_coefficients) {has}, but the method {wanted}; make them equal")
     elif layer.max_rank < method.initial_rank:
@@ -235,30 +236,32 @@ def _check_adopted(name: str, layer: RankAdapter, method: Method) -> None:
         )
 
 
-def _sinc_adapter(layer: nn.Module, method: SincUpdate, *, dropout: float, **options: Any) -> SincLoRALinear:
-    if is_experts(layer):
-        raise ValueError(
-            "SincUpdate does not adapt experts yet; name linear layers, and give the experts another method: "
-            "{'experts': DynamicRank(), 'all-linear': SincUpdate()}"
-        )
+def _sinc_adapter(
+    layer: nn.Module, method: SincUpdate, *, dropout: float, **options: Any
+) -> SincLoRALinear | SincLoRAExperts:
     if dropout:
         raise ValueError("SincUpdate has no dropout, for the layer and its update are one product; leave it 0")
-    settings = {"rank": method.rank, "num_coefficients": method.num_coefficients, "grid": method.grid}
-    return SincLoRALinear.from_linear(layer, **settings, **options)  # type: ignore[arg-type]
+    make = SincLoRAExperts.for_experts if is_experts(layer) else SincLoRALinear.from_linear
+    settings: dict[str, Any] = {"rank": method.rank, "num_coefficients": method.num_coefficients, "grid": method.grid}
+    return make(layer, **settings, **options)
 
 
-def _sharing(method: Method, modules: Mapping[str, RankAdapter]) -> list[dict[str, SincLoRALinear]]:
-    """The layers that shall share their coefficients, group by group."""
-    groups: dict[str, dict[str, SincLoRALinear]] = {}
+def _sharing(method: Method, modules: Mapping[str, RankAdapter]) -> list[dict[str, SincPool]]:
+    """The projections that shall share their coefficients, group by group."""
+    if not isinstance(method, SincUpdate) or method.share == "layer":
+        return []
+    groups: dict[str, dict[str, SincPool]] = {}
     for name, module in modules.items():
-        if isinstance(method, SincUpdate) and isinstance(module, SincLoRALinear) and method.share != "layer":
-            groups.setdefault(kind(name) if method.share == "type" else "", {})[name] = module
+        for projection, pool in module.pools().items():
+            full_name = f"{name}.{projection}" if projection else name
+            if isinstance(pool, SincPool):
+                groups.setdefault(kind(full_name) if method.share == "type" else "", {})[full_name] = pool
     return list(groups.values())
 
 
 def _check_shared(method: Method, modules: Mapping[str, RankAdapter]) -> None:
     for group in _sharing(method, modules):
-        devices = {module.coefficients.device for module in group.values()}
+        devices = {pool.coefficients.device for pool in group.values()}
         if len(devices) > 1:
             raise ValueError(
                 f"layers on several devices, {sorted(map(str, devices))}, cannot share coefficients: "
@@ -269,5 +272,5 @@ def _check_shared(method: Method, modules: Mapping[str, RankAdapter]) -> None:
 def _share_coefficients(method: Method, modules: Mapping[str, RankAdapter]) -> None:
     for group in _sharing(method, modules):
         first = next(iter(group.values()))
-        for module in group.values():
-            module.coefficients = first.coefficients
+        for pool in group.values():
+            pool.coefficients = first.coefficients

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lrlora_ops._live import Expert, Work, find_work
 from lrlora_ops._sinc import sinc_gradients, sinc_weight  # noqa: F401
+from lrlora_ops._sinc_gemm import sinc_gemm, sinc_gemm_backward  # noqa: F401
 
 # A block takes 2 MB in fp32, about a core's share of the caches, and has rows enough for BLAS to be quick.
 _BLOCK_ELEMENTS, _BLOCK_ROWS = 2**19, 128

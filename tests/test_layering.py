@@ -33,6 +33,7 @@ PARTS = {
     "apply": "adapters",
     "_live": "eager",
     "_sinc": "eager",
+    "_sinc_gemm": "eager",
 }  # modules that are one unit with another
 # Adapters.callback() and the like, the record of a run that it leaves for the command line, and what only tensors on a
 # GPU need, inside a function.

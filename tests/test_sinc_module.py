@@ -223,16 +223,3 @@ def test_layers_that_are_not_plain_are_refused():
     with pytest.raises(ValueError, match=r"no plain nn\.Linear"):
         apply_lora(nn.Sequential(layer), SincUpdate(), "all-linear")
     assert layer.weight.requires_grad
-
-
-def test_experts_are_refused():
-    class Experts(nn.Module):
-        is_transposed = has_bias = False
-        has_gate, config = True, None
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 4))
-
-    with pytest.raises(ValueError, match="experts: SincUpdate does not adapt experts yet"):
-        apply_lora(nn.ModuleDict({"experts": Experts()}), SincUpdate(), "experts")

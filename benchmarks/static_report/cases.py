@@ -16,8 +16,8 @@ CAPACITIES = (16, 32, 64, 128)
 # tf32 is fp32 after torch.set_float32_matmul_precision("high").
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 # One expert, all of it in order, onto whose output the base product is added; experts with a component table, gates,
-# biases and gathered rows; experts so many that a tile must suit few rows each; no rows, but a weight.
-LAYOUTS = {"dense": 1, "grouped": 8, "few rows": 256, "weight": 1}
+# biases and gathered rows; experts so many that a tile must suit few rows each; no rows, but a weight, or experts'.
+LAYOUTS = {"dense": 1, "grouped": 8, "few rows": 256, "weight": 1, "weights": 8}
 # (dtype of everything but the adapter, of the adapter, layout): each table of tiles with every flag of the kernels off
 # or on, not every combination. fp16 is compiled as bf16 is.
 VARIANTS = (
@@ -30,9 +30,10 @@ PRIMITIVES = {name: VARIANTS for name in ("shrink", "expand", "gram", "shrink_gr
 # These know experts alone.
 _OF_EXPERTS = ("grouped_gemm", "gated_shrink", "gated_shrink_backward", "adapter_gradients")
 PRIMITIVES |= {name: (("bf16", "bf16", "few rows"), *VARIANTS[1:]) for name in _OF_EXPERTS}
-# These know no experts: a weight, moved, and the gradients of what moves it.
+# A weight, moved, and the gradients of what moves it: of one layer, and of experts.
 _OF_WEIGHTS = ("sinc_weight", "sinc_gradients")
-PRIMITIVES |= {name: tuple((dtype, adapter, "weight") for dtype, adapter, _ in VARIANTS) for name in _OF_WEIGHTS}
+_WEIGHTS = (*((dtype, adapter, "weight") for dtype, adapter, _ in VARIANTS), ("bf16", "fp32", "weights"))
+PRIMITIVES |= {name: _WEIGHTS for name in _OF_WEIGHTS}
 NUM_COEFFICIENTS = 9
 # Those that know no rank, with the variants in which their code differs.
 RANKLESS = {
@@ -103,10 +104,8 @@ def launch(case: Case) -> None:
         weight = x.new_empty(1, SHAPE.N, SHAPE.K).expand(num_experts, -1, -1)
         bias = x.new_empty(num_experts, SHAPE.N)
         primitives.grouped_gemm(x, weight, bias, case.layout == "grouped", **experts, **gather, **low_rank)
-    elif case.primitive == "sinc_weight":
-        primitives.sinc_weight(x, a, a.new_empty(rank, SHAPE.M), torch.ones(NUM_COEFFICIENTS), 0.1, 1.0, dtype)
-    elif case.primitive == "sinc_gradients":
-        primitives.sinc_gradients(x, x, a, a.new_empty(rank, SHAPE.M), torch.ones(NUM_COEFFICIENTS), 0.1, 1.0)
+    elif case.primitive in _OF_WEIGHTS:
+        _launch_of_weights(case, a, experts.get("group_offsets"))
     elif case.primitive in _OF_EXPERTS:
         _launch_of_experts(case.primitive, x, u, a, (ranks, 1.0, gate), experts, gather["row_index"])
     elif case.primitive == "gram":
@@ -136,6 +135,16 @@ def _launch_of_experts(
         outputs = (torch.empty_like(a), torch.empty_like(a), *statistics, torch.zeros(1024, dtype=torch.int32))
         indices = (None, row_index, weights, row_index, weights)
         primitives.adapter_gradients(*outputs, u, u, x, x, *low_rank, *experts.values(), *indices)
+
+
+def _launch_of_weights(case: Case, a: Tensor, group_offsets: Tensor | None) -> None:
+    dtype = DTYPES[case.dtype]
+    shape = (SHAPE.M, SHAPE.K) if group_offsets is None else (LAYOUTS[case.layout], SHAPE.M, SHAPE.K)
+    weight, b, c = torch.empty(shape, dtype=dtype), a.new_empty(a.shape[0], SHAPE.M), torch.ones(NUM_COEFFICIENTS)
+    if case.primitive == "sinc_weight":
+        primitives.sinc_weight(weight, a, b, c, 0.1, 1.0, dtype, group_offsets)
+    else:
+        primitives.sinc_gradients(weight, weight, a, b, c, 0.1, 1.0, group_offsets)
 
 
 def _routing(case: Case) -> dict[str, Tensor]:

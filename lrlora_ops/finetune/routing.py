@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lrlora_ops import Adapters
 from lrlora_ops.finetune.tokens import EncodedExamples, EncodedText
-from lrlora_ops.modules import VariableRankLoRAExperts
+from lrlora_ops.modules._experts import ExpertsAdapter
 
 MOST_WINDOWS = 32
 
@@ -30,7 +30,7 @@ def routing_shares(
     Returns:
         fp64 ``[E]`` with a sum of 1, on the host; nothing at all for a model without adapted experts.
     """
-    experts = {name: module for name, module in adapters.modules.items() if isinstance(module, VariableRankLoRAExperts)}
+    experts = {name: module for name, module in adapters.modules.items() if isinstance(module, ExpertsAdapter)}
     if not experts:
         return {}
     device, was_training = next(model.parameters()).device, model.training

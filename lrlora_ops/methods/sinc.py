@@ -16,11 +16,12 @@ class SincUpdate:
     """LR-LoRA's learned elementwise nonlinearity (arXiv 2606.04325), as its published description has it.
 
     Args:
-        rank: Rows of A and B in each layer, which stay; at least 1.
+        rank: Rows of A and B in each layer or expert, which stay; at least 1.
         num_coefficients: Sinc functions of phi, an odd number.
         grid: The distance of two of them, in units of the elements of ``B^T A``; None: ``0.1 / sqrt(in_features)``.
         share: Whose coefficients are one and the same: each layer has its own ("layer"), all layers of one kind do,
-            such as every ``q_proj`` ("type"), or all layers of the method ("global").
+            such as every ``q_proj`` ("type"), or all layers of the method ("global"). The experts of a module share
+            them in any case; their two projections are two layers.
 
     Raises:
         ValueError: A setting is out of range.
@@ -50,4 +51,4 @@ class SincUpdate:
         return self.rank
 
     def policy(self, tables: Mapping[str, RankTable]) -> FixedRankPolicy:
-        return FixedRankPolicy(self.rank * len(tables))
+        return FixedRankPolicy(self.rank * sum(table.num_experts for table in tables.values()))

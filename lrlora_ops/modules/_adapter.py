@@ -46,6 +46,10 @@ class ComponentPool(nn.Module):
         self.lora_A = nn.Parameter(_initial_a(torch.empty(0, in_features, device=device, dtype=dtype), pool_size))
         self.lora_B = nn.Parameter(torch.zeros(pool_size, out_features, device=device, dtype=dtype))
 
+    def own_tensors(self) -> dict[str, nn.Parameter]:
+        """What of the pool the optimizer trains, by name."""
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
     @torch.no_grad()
     def delta(self, rows: Tensor, scaling: float, dtype: torch.dtype | None) -> Tensor:
         """``[N, K]``: ``scaling * sum over the pool rows of outer(b_j, a_j)``; default in fp32, or wider."""
@@ -97,7 +101,7 @@ class RankAdapter(nn.Module):
         trained: dict[str, nn.Parameter] = {}
         for projection, pool in self.pools().items():
             prefix = f"{projection}." if projection else ""
-            trained |= {f"{prefix}lora_A": pool.lora_A, f"{prefix}lora_B": pool.lora_B}
+            trained |= {f"{prefix}{name}": parameter for name, parameter in pool.own_tensors().items()}
         return trained
 
     def shown_rank(self) -> Tensor:
@@ -123,11 +127,15 @@ class RankAdapter(nn.Module):
     def running(self) -> tuple[Tensor, list[Tensor | None]]:
         """The ranks that run in the current mode, int32 ``[E]``, and the gate of each projection or None."""
         table = self.table
-        if table.gate.device != table.ranks.device:  # from_pretrained moves parameters and buffers alone
-            table.reset_training_state()
+        self._follow_device()
         if not self.training:
             return table.ranks, [None] * table.num_projections
         return table.train_ranks, list(table.gate.chunk(table.num_projections))
+
+    def _follow_device(self) -> None:
+        """from_pretrained moves parameters and buffers alone."""
+        if self.table.gate.device != self.table.ranks.device:
+            self.table.reset_training_state()
 
     def install(self, model: nn.Module, host: nn.Module) -> None:
         """Make the adapter part of the model: in the place of ``host``, the layer that it was made for."""

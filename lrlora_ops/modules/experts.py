@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrlora_ops.modules._adapter import ComponentPool, RankAdapter, set_ranks
-from lrlora_ops.modules._interface import (
-    CHILD,
-    attach,
-    detach,
-    expert_features,
-    expert_projections,
-    gating,
-    require_plain_experts,
-)
-from lrlora_ops.modules._merge import check_merged_experts
+from lrlora_ops.modules._adapter import ComponentPool, set_ranks
+from lrlora_ops.modules._experts import ExpertsAdapter, around_products, frozen_linear
+from lrlora_ops.modules._interface import attach, expert_projections
 from lrlora_ops.ops import ExpertLinear, moe_lora_mlp
 from lrlora_ops.rank_table import RankTable
 
 
-class VariableRankLoRAExperts(RankAdapter):
+class VariableRankLoRAExperts(ExpertsAdapter):
     """The adapter of all experts of a layer; it lives in the experts module as ``experts.lrlora``.
 
     Each projection computes ``W[e] x + bias[e] + scaling * sum over components j of expert e: <x, a_j> b_j``. The
@@ -40,10 +31,7 @@ class VariableRankLoRAExperts(RankAdapter):
 
     def __init__(self, projections: dict[str, ComponentPool], table: RankTable, lora_alpha: float | None) -> None:
         super().__init__()
-        self._add_table(table, lora_alpha)
-        for name, pool in projections.items():
-            self.add_module(name, pool)
-        self.projections = tuple(projections)
+        self._add_pools(projections, table, lora_alpha)
 
     @classmethod
     def from_experts(
@@ -91,29 +79,11 @@ class VariableRankLoRAExperts(RankAdapter):
         dtype: torch.dtype | None,
     ) -> VariableRankLoRAExperts:
         """What ``from_experts`` makes, but the experts are left as they are until ``install``."""
-        names = expert_projections(experts)
-        require_plain_experts(experts)
-        if hasattr(experts, CHILD):
-            raise ValueError("the experts have an adapter already, at .lrlora; change its ranks with set_ranks")
-        weights = [getattr(experts, name) for name in names]
-        num_experts, device = weights[0].shape[0], weights[0].device
-        if dtype is None:
-            dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+        features, num_experts, device, dtype = cls._described(experts, dtype)
         pool_size = num_experts * (max_rank if pool_rank is None else pool_rank)
-        table = RankTable.uniform(num_experts, rank, max_rank, pool_size, device, num_projections=len(names))
-        pools = {}
-        for name in names:
-            pools[name] = ComponentPool(pool_size, *expert_features(experts, name), device, dtype)
+        table = RankTable.uniform(num_experts, rank, max_rank, pool_size, device, num_projections=len(features))
+        pools = {name: ComponentPool(pool_size, *sizes, device, dtype) for name, sizes in features.items()}
         return cls(pools, table, lora_alpha)
-
-    def install(self, model: nn.Module, host: nn.Module) -> None:
-        attach(host, self)
-
-    def merge_into(self, host: nn.Module) -> nn.Module:
-        return self.merge(host)
-
-    def plain(self, host: nn.Module) -> nn.Module:
-        return detach(host, host)
 
     def set_ranks(self, ranks: Sequence[int] | Tensor) -> None:
         """Give every expert a new rank, in all its projections. Components that become live start with ``b = 0``:
@@ -126,14 +96,6 @@ class VariableRankLoRAExperts(RankAdapter):
             ValueError: A rank is out of range, or the pool too small; nothing is changed then.
         """
         set_ranks([self], self.table, ranks)
-
-    def pools(self) -> dict[str, ComponentPool]:
-        return {name: self.get_submodule(name) for name in self.projections}  # type: ignore[misc]
-
-    @property
-    def ranks(self) -> Tensor:
-        """int32 ``[E]`` on the device: the rank of each expert."""
-        return self.table.ranks
 
     def forward(self, experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[T, H] -> [T, H]``: what the experts module computes, with the adapters.
@@ -152,33 +114,6 @@ class VariableRankLoRAExperts(RankAdapter):
         demand = self.table.demand if self.training else None
         routed = (hidden, top_k_index, top_k_weights)
         return run_experts(experts, *routed, pools, self.table, scaling=self.scaling, ranks=ranks, demand=demand)
-
-    def delta_weight(self, projection: str, expert: int, dtype: torch.dtype | None = None) -> Tensor:
-        """``[N, K]``: the update of one projection of one expert, whatever layout the experts' weights have.
-
-        Args:
-            projection: "gate_up_proj" ("up_proj" where experts have no gate) or "down_proj".
-            expert: Its index.
-            dtype: To compute in; default fp32, or wider.
-        """
-        return self.pools()[projection].delta(self.table.rows_of(expert), self.scaling, dtype)
-
-    @torch.no_grad()
-    def merge(self, experts: Any) -> nn.Module:
-        """A copy of the experts module, plain again, with the updates in its weights; checked against the adapter's
-        forward.
-
-        Raises:
-            RuntimeError: The merged module's output differs from the adapter's.
-        """
-        merged = detach(copy.deepcopy(experts), experts)
-        for name in self.projections:
-            self.add_update(name, getattr(merged, name), experts.is_transposed)
-        check_merged_experts(experts, merged)
-        return merged
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.table.num_experts}, max_rank={self.max_rank}, pool_size={self.table.pool_size}"
 
 
 def run_experts(
@@ -200,24 +135,8 @@ def run_experts(
         options: As ``moe_lora_mlp`` has them.
     """
     up, down = (
-        ExpertLinear(
-            weight=getattr(experts, name),
-            lora_A=lora_A,
-            lora_B=lora_B,
-            gate=gate,
-            bias=getattr(experts, f"{name}_bias") if experts.has_bias else None,
-            transposed=experts.is_transposed,
-        )
+        ExpertLinear(lora_A=lora_A, lora_B=lora_B, gate=gate, **frozen_linear(experts, name))
         for name, (lora_A, lora_B, gate) in zip(expert_projections(experts), pools, strict=True)
     )
-    return moe_lora_mlp(
-        hidden,
-        top_k_index,
-        top_k_weights,
-        up,
-        down,
-        table,
-        activation=gating(experts),
-        post=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
-        **options,
-    )
+    around = around_products(experts)
+    return moe_lora_mlp(hidden, top_k_index, top_k_weights, up, down, table, **around, **options)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrlora_ops import eager
-from lrlora_ops._sharding import whole
 from lrlora_ops.modules._linear import LinearAdapter
+from lrlora_ops.modules._sinc import SincPool
 from lrlora_ops.ops.sinc_lora_linear import sinc_lora_linear
 from lrlora_ops.rank_table import RankTable
 
-# Of the power iteration: from a random vector, and from the singular vector that it found before.
-_COLD_STEPS, _WARM_STEPS = 32, 8
 
-
-class SincLoRALinear(LinearAdapter):
+class SincLoRALinear(LinearAdapter, SincPool):
     """``y = x (W + scaling * phi(B^T A))^T + bias`` with W and bias frozen, and phi learned, for each element z alike:
 
     ``phi(z) = z + h * sum_{k=-n..n} c_k (psi_k(z) - psi_k(0))`` with ``psi_k(z) = sinc(z / h - k)`` and h the grid.
@@ -47,7 +42,6 @@ class SincLoRALinear(LinearAdapter):
     """
 
     weight: nn.Parameter
-    coefficients: nn.Parameter
     reports_sensitivity = False
 
     def __init__(
@@ -113,16 +107,9 @@ class SincLoRALinear(LinearAdapter):
         grid: float | None,
         lora_alpha: float | None,
     ) -> None:
-        if num_coefficients < 1 or num_coefficients % 2 == 0:
-            raise ValueError(f"num_coefficients is {num_coefficients}; it must be odd and at least 1: k from -n to n")
-        self.grid = 0.1 / max(in_features, 1) ** 0.5 if grid is None else float(grid)
-        if not 0 < self.grid < float("inf"):
-            raise ValueError(f"grid is {grid}; it must be a finite number above 0")
         self._add_table(RankTable.uniform(1, rank, device=device), lora_alpha)
         self._add_components(rank, in_features, out_features, device, dtype)
-        fp64 = self.lora_A.dtype == torch.float64
-        start = torch.zeros(num_coefficients, device=device, dtype=torch.float64 if fp64 else torch.float32)
-        self.coefficients = nn.Parameter(start)
+        self._add_phi(num_coefficients, grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K] -> [..., N]``; between forward and backward it keeps x alone."""
@@ -131,48 +118,21 @@ class SincLoRALinear(LinearAdapter):
             self.weight,
             self.lora_A,
             self.lora_B,
-            self._scaled(self.coefficients),
+            self.in_units_of_z(),
             grid=self.grid,
             scaling=self.scaling,
             bias=self.bias,
         )
 
-    def _scaled(self, coefficients: Tensor) -> Tensor:
-        """From units of the grid to those of z, at least in fp32."""
-        return coefficients.to(torch.promote_types(coefficients.dtype, torch.float32)) * self.grid
-
-    @torch.no_grad()
-    def delta(self, rows: Tensor, scaling: float, dtype: torch.dtype | None) -> Tensor:
-        dtype = dtype or torch.promote_types(self.lora_A.dtype, torch.float32)
-        a, b = (whole(parameter)[rows].to(dtype) for parameter in (self.lora_A, self.lora_B))
-        nothing = a.new_zeros(()).expand(self.out_features, self.in_features)
-        return eager.sinc_weight(nothing, a, b, self._scaled(whole(self.coefficients)), self.grid, scaling, dtype)
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {**super().trained(), "coefficients": self.coefficients}
-
     def shown_rank(self) -> Tensor:
         return self.stable_rank()
 
-    @torch.no_grad()
     def stable_rank(self) -> Tensor:
         """fp32 ``[]``: ``||dW||_F^2 / ||dW||_2^2`` of the update dW, 0 while that is zero.
 
         The spectral norm is found by power iteration, from the vector of the last call on if there was one.
         """
-        update = self.delta_weight(torch.float32)
-        known: Tensor | None = getattr(self, "_direction", None)
-        if known is None or known.device != update.device:
-            generator = torch.Generator().manual_seed(0)
-            known, steps = torch.randn(self.in_features, generator=generator).to(update.device), _COLD_STEPS
-        else:
-            steps = _WARM_STEPS
-        direction = known
-        for _ in range(steps):
-            direction = F.normalize(update.t() @ F.normalize(update @ direction, dim=0), dim=0)
-        largest = (update @ direction).square().sum()
-        self._direction = torch.where(largest > 0, direction, known)
-        return torch.where(largest > 0, update.square().sum() / largest, largest)
+        return self.stable_ranks(self.table, self.scaling)[0]
 
     def settings(self) -> dict[str, object]:
         return {**super().settings(), "grid": self.grid, "num_coefficients": len(self.coefficients)}

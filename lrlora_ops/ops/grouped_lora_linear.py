@@ -104,11 +104,8 @@ class GroupedLoRALinearFunction(torch.autograd.Function):
                 d_rows = ops.grouped_gemm(
                     dy_lora, weight, None, not ctx.transposed, group_offsets, dy_source, *low_rank
                 )
-            if row_weights is not None:
-                inner = _inner_products(d_rows, x, x_source) + _bias_products(dy_lora, bias, group_offsets, dy_source)
-                d_route = inner[row_position].to(row_weights.dtype)
-                d_rows.mul_(row_weights[:, None])
-            d_x = ops.combine(d_rows, row_position) if ctx.gathers else d_rows
+            sources = (x_source, dy_source, group_offsets, row_position)
+            d_x, d_route = row_gradients(ops, d_rows, x, dy_lora, bias, row_weights, *sources)
         d_base = dy.masked_fill(_of_no_expert(group_offsets, dy.shape[0])[:, None], 0.0) if needs_base else None
         return (
             *(d_x if needs_x else None, d_a, d_b if needs_b else None, d_gate if needs_gate else None),
@@ -125,16 +122,41 @@ def _of_no_expert(group_offsets: Tensor, num_rows: int) -> Tensor:
     return torch.arange(num_rows, device=group_offsets.device) >= group_offsets[-1]
 
 
+def row_gradients(
+    ops: Any,
+    d_rows: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    bias: Tensor | None,
+    row_weights: Tensor | None,
+    x_source: Tensor | None,
+    dy_source: Tensor | None,
+    group_offsets: Tensor | None,
+    row_position: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x, and of the routing weights or None, from ``d_rows`` ``[L, K]``, which is used up.
+
+    Those are the rows' gradients before ``row_weights`` ``[L]``. ``x_source`` and ``dy_source`` are ``[L]``, the tokens
+    that the rows were gathered from and that they were combined in, if they were.
+    """
+    d_route = None
+    if row_weights is not None:
+        inner = _inner_products(d_rows, x, x_source) + _bias_products(dy, bias, group_offsets, dy_source)
+        d_route = inner[row_position].to(row_weights.dtype)
+        d_rows.mul_(row_weights[:, None])
+    return d_rows if x_source is None else ops.combine(d_rows, row_position), d_route
+
+
 def _inner_products(d_rows: Tensor, x: Tensor, source: Tensor | None) -> Tensor:
     """``[L]``: ``<x[i], d_rows[i]>`` in fp32 or wider."""
     return (d_rows * (x if source is None else x[source])).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _bias_products(
-    dy: Tensor, bias: Tensor | None, group_offsets: Tensor, token_index: Tensor | None
+    dy: Tensor, bias: Tensor | None, group_offsets: Tensor | None, token_index: Tensor | None
 ) -> Tensor | float:
     """``[L]``: ``<bias[e_i], dy[token of row i]>``, 0 for rows of no expert."""
-    if bias is None or token_index is None:
+    if bias is None or group_offsets is None or token_index is None:
         return 0.0
     num_experts, num_rows = bias.shape[0], token_index.shape[0]
     rows = torch.arange(num_rows, device=dy.device, dtype=torch.int32)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lrlora_ops import _checks, eager
+from lrlora_ops import _checks
 from lrlora_ops.ops._autocast import autocast_operands, without_autocast
 from lrlora_ops.ops._backends import resolve_backend
-from lrlora_ops.ops._demand import count_demand
 from lrlora_ops.ops._gated_mlp import GatedMLPFunction
+from lrlora_ops.ops._routed_mlp import check_routed, routed_mlp
 from lrlora_ops.ops.grouped_lora_linear import GroupedLoRALinearFunction, gate_operand
 from lrlora_ops.rank_table import RankTable
 from lrlora_ops.routing import Routing
@@ -87,15 +87,7 @@ def moe_lora_mlp(
     scaling = float(scaling)  # under torch.compile(dynamic=True) a symbol, which an autograd.Function cannot take
     ranks = table.ranks if ranks is None else ranks
     backend = resolve_backend(backend, x.device)
-    if backend == "reference":
-        raise ValueError("moe_lora_mlp has the backends 'triton' and 'eager'; the oracle is in lrlora_ops.reference")
-    if x.dim() != 2 or top_k_weights.shape != top_k_index.shape or top_k_index.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, top_k_index {tuple(top_k_index.shape)} and top_k_weights "
-            f"{tuple(top_k_weights.shape)}; they must be [tokens, hidden], [tokens, top_k] and [tokens, top_k]"
-        )
-    if isinstance(activation, str) and activation not in eager.ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; it must be a function, or one of {[*eager.ACTIVATIONS]}")
+    check_routed(x, top_k_index, top_k_weights, activation, backend)
     routing = Routing.from_topk(top_k_index, table.num_experts, backend)
 
     def check(rows: Tensor, linear: ExpertLinear, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -133,14 +125,9 @@ def moe_lora_mlp(
                 *(gathers, linear.transposed, scaling, backend),
             )
 
-    # A dropped pair adds nothing, whatever its weight: even NaN.
-    top_k_weights = top_k_weights.masked_fill(top_k_index >= table.num_experts, 0.0)
-    activate = eager.ACTIVATIONS[activation] if isinstance(activation, str) else activation
-    hidden = activate(project(x, up, up_weight, up_bias, None, gathers=True)).to(x.dtype)
-    row_weights = top_k_weights.detach().flatten()[routing.row_order]
-    if post is None:
-        out = project(hidden, down, down_weight, down_bias, top_k_weights, gathers=False)
-    else:
-        rows = post(project(hidden, down, down_weight, down_bias, None, gathers=False))
-        out = (rows[routing.row_position] * top_k_weights[..., None]).sum(1).to(x.dtype)
-    return count_demand(out, demand, routing.group_offsets, row_weights, routing.token_index)
+    return routed_mlp(
+        *(x, top_k_index, top_k_weights, routing),
+        lambda tokens: project(tokens, up, up_weight, up_bias, None, gathers=True),
+        lambda rows, weights: project(rows, down, down_weight, down_bias, weights, gathers=False),
+        *(activation, post, demand),
+    )

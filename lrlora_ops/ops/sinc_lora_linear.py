@@ -3,72 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from lrlora_ops import _checks, eager
+from lrlora_ops import _checks
 from lrlora_ops.ops._autocast import autocast_operands, without_autocast
-from lrlora_ops.ops._backends import primitives, resolve_backend
-from lrlora_ops.ops._backward import differentiable_once
+from lrlora_ops.ops._backends import resolve_backend
+from lrlora_ops.ops._sinc_function import SincFunction
 from lrlora_ops.reference import sinc_lora_linear_reference
-
-# Rows of the weight that the eager backend makes at a time: 2 MB in fp32, and enough for a quick product.
-_BLOCK_ELEMENTS, _BLOCK_ROWS = 2**19, 64
-
-
-class SincLoRALinearFunction(torch.autograd.Function):
-    """x ``[M, K]`` -> ``[M, N]``; saves x and the parameters. The weight that is multiplied lives for its product."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        coefficients: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        grid: float,
-        scaling: float,
-        backend: str,
-    ) -> Tensor:
-        ops, dtype = primitives(backend, x), _product_dtype(backend, x)
-        x_wide, out = x.to(dtype), x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
-        for rows in _blocks(backend, weight):
-            moved = ops.sinc_weight(weight[rows], lora_A, lora_B[:, rows], coefficients, grid, scaling, dtype)
-            out[:, rows].addmm_(x_wide, moved.t(), beta=0)
-        ctx.save_for_backward(x, lora_A, lora_B, coefficients, weight)
-        ctx.grid, ctx.scaling, ctx.backend = grid, scaling, backend
-        return (out if bias is None else out.add_(bias)).to(x.dtype)
-
-    @staticmethod
-    @differentiable_once("sinc_lora_linear")
-    def backward(
-        ctx: Any, dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, coefficients: Tensor, weight: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        needs_x, *needs = ctx.needs_input_grad[:4]
-        ops, dtype = primitives(ctx.backend, x), _product_dtype(ctx.backend, x)
-        dy, x_wide = dy.to(dtype), x.to(dtype)
-        d_x, d_a, d_b, d_c = None, None, [], None
-        for rows in _blocks(ctx.backend, weight):
-            dy_rows, frozen = dy[:, rows], weight[rows]
-            low_rank = (lora_A, lora_B[:, rows], coefficients, ctx.grid, ctx.scaling)
-            if any(needs):
-                moved = dy_rows.t() @ x_wide  # and then the weight, in the same memory
-                a_part, b_part, c_part = ops.sinc_gradients(moved, frozen if needs_x else None, *low_rank)
-                d_a, d_c = _plus(d_a, a_part), _plus(d_c, c_part)
-                d_b.append(b_part)
-            elif needs_x:
-                moved = ops.sinc_weight(frozen, *low_rank, dtype)
-            if needs_x:
-                d_x = dy_rows @ moved if d_x is None else d_x.addmm_(dy_rows, moved)
-        grads: list[Any] = [d_x, d_a, torch.cat(d_b, 1) if d_b else None, d_c]
-        for index, leaf in enumerate((x, lora_A, lora_B, coefficients)):
-            grads[index] = grads[index].to(leaf.dtype) if ctx.needs_input_grad[index] else None
-        return *grads, *[None] * 5
 
 
 def sinc_lora_linear(
@@ -120,28 +62,9 @@ def sinc_lora_linear(
         return y.to(x.dtype)
     rows = math.prod(x.shape[:-1])
     with without_autocast(x.device):
-        y = SincLoRALinearFunction.apply(
-            x.reshape(rows, x.shape[-1]), lora_A, lora_B, coefficients, weight, bias, grid, scaling, backend
+        y = SincFunction.apply(
+            *(x.reshape(rows, x.shape[-1]), lora_A, lora_B, coefficients, None),
+            *(weight[None], None if bias is None else bias[None], None, None, None, None),
+            *(False, False, grid, scaling, backend),
         )
     return y.view(*x.shape[:-1], lora_B.shape[1])
-
-
-def _product_dtype(backend: str, x: Tensor) -> torch.dtype:
-    """What x and the weight are multiplied in: a CPU without instructions for half precision takes fp32."""
-    return torch.float32 if backend == "eager" and eager.widens(x) else x.dtype
-
-
-def _blocks(backend: str, weight: Tensor) -> Iterator[slice]:
-    """Rows of the weight that are made and multiplied at a time: all of them, but on a CPU what its caches hold.
-
-    A traced graph has them all at once, for its size should not depend on the weight's.
-    """
-    num_rows, num_cols = weight.shape
-    size = max(num_rows, 1)
-    if backend == "eager" and not torch.compiler.is_compiling():
-        size = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(num_cols, 1))
-    return (slice(first, first + size) for first in range(0, max(num_rows, 1), size))
-
-
-def _plus(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total.add_(part)
