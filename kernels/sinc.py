@@ -332,9 +332,10 @@ def contracted(
         **tile.launch_options(),
     )
     ranks, components = _owned(rank, group_offsets, m)
-    for partial, d, splits in ((d_a_partial, d_a, row_tiles), (d_b_partial, d_b, spans)):
-        splits = 0 if components is None else splits
-        reduce_slabs(partial, d, ranks, scaling, None, components, None, splits=splits)
+    experts = torch.arange(num_experts + 1, dtype=torch.int32, device=m.device)
+    for partial, d, slabs in ((d_a_partial, d_a, row_tiles), (d_b_partial, d_b, spans)):
+        slab_offsets = None if group_offsets is None else experts * slabs
+        reduce_slabs(partial, d, ranks, scaling, None, components, slab_offsets)
     of_all = torch.full((1,), len(c), dtype=torch.int32, device=m.device)
     reduce_slabs(d_c_partial, d_c[:, None], of_all, scaling, None, None, None)
     if weight is not None:  # a launch of its own: within the kernel it would take the registers that there are
