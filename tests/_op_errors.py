@@ -192,7 +192,7 @@ MLP = [
     (lambda: mlp(activation="relu"), "activation is 'relu'", "must be a function, or one of .*silu"),
     (
         lambda: mlp(backend="reference"),
-        "has the backends 'triton' and 'eager'",
+        "experts have the backends 'triton' and 'eager'",
         "the oracle is in lrlora_ops",
     ),
     (lambda: mlp(ranks=torch.ones(3, dtype=INT32)), r"ranks is torch.int32 of shape \(3,\)", r"it must be int32 \[2\]"),

@@ -362,7 +362,7 @@ def test_bad_input(change, message):
 
 def test_bad_settings():
     layer = make_layer(Case())
-    with pytest.raises(ValueError, match="has the backends 'triton' and 'eager'"):
+    with pytest.raises(ValueError, match="experts have the backends 'triton' and 'eager'"):
         run(layer, layer.leaves, backend="reference")
     with pytest.raises(ValueError, match="it must be from 0 to 4, where 4 itself drops"):
         run(replace(layer, index=layer.index + 3), layer.leaves)

@@ -25,6 +25,7 @@ from lrlora_ops import (
     ops,
     sinc_lora_linear,
 )
+from tests import test_moe_sinc_mlp
 from tests._launches import counted_launches
 from tests.test_grouped_lora_linear import make_table
 from tests.test_moe_launches import grow
@@ -113,6 +114,16 @@ def layer(case: str) -> Op:
     return Op(lambda: run_layer(made, leaves, backend="triton", demand=demand), [*leaves.values(), demand], change)
 
 
+def sinc_layer() -> Op:
+    made = test_moe_sinc_mlp.layer(test_moe_sinc_mlp.CASES["an expert without rows"], backend="triton")
+    made.frozen = {name: t.nan_to_num(0.5) for name, t in made.frozen.items()}
+
+    def change() -> None:
+        made.index.copy_((made.index + 1) % test_moe_sinc_mlp.EXPERTS)
+
+    return Op(lambda: test_moe_sinc_mlp.run(made, backend="triton"), [*made.leaves.values()], change)
+
+
 OPS = {
     "lora_linear": dense,
     "lora_linear, weight and bias": lambda: dense(weight=(OUT, IN), bias=(OUT,)),
@@ -121,6 +132,7 @@ OPS = {
     "grouped_lora_linear, weight and bias": lambda: grouped(weight=(3, OUT, IN), bias=(3, OUT)),
     "grouped_lora_linear, base": lambda: grouped(base=(ROWS, OUT)),
     "sinc_lora_linear": sinc,
+    "moe_sinc_mlp": sinc_layer,
     "moe_lora_mlp, silu by name": lambda: layer("silu by name"),
     "moe_lora_mlp, the model's own activation": lambda: layer("swiglu"),
 }
