@@ -32,7 +32,8 @@ _OF_EXPERTS = ("grouped_gemm", "gated_shrink", "gated_shrink_backward", "adapter
 PRIMITIVES |= {name: (("bf16", "bf16", "few rows"), *VARIANTS[1:]) for name in _OF_EXPERTS}
 # A weight, moved, and the gradients of what moves it: of one layer, and of experts.
 _OF_WEIGHTS = ("sinc_weight", "sinc_gradients")
-_WEIGHTS = (*((dtype, adapter, "weight") for dtype, adapter, _ in VARIANTS), ("bf16", "fp32", "weights"))
+_LAYOUTS_OF_WEIGHTS = {"dense": "weight", "grouped": "weights"}
+_WEIGHTS = tuple((dtype, adapter, _LAYOUTS_OF_WEIGHTS[layout]) for dtype, adapter, layout in VARIANTS)
 PRIMITIVES |= {name: _WEIGHTS for name in _OF_WEIGHTS}
 NUM_COEFFICIENTS = 9
 # Those that know no rank, with the variants in which their code differs.
@@ -74,7 +75,7 @@ def cases(targets: list[str], quick: bool = False) -> list[Case]:
 
 
 def _is_quick(case: Case) -> bool:
-    widest = case.capacity in (0, CAPACITIES[-1]) and case.layout in ("grouped", "weight") and case.dtype != "tf32"
+    widest = case.capacity in (0, CAPACITIES[-1]) and case.layout in ("grouped", "weights") and case.dtype != "tf32"
     return widest or (case.target == "sm_90" and case.dtype == "bf16")
 
 
