@@ -52,7 +52,9 @@ def _file(path: Path) -> Iterator[str]:
             cells.append(["" if first else title, *(show(row) for show in _RESULTS.values())])
     yield from markdown(cells)
     yield ""
-    yield from (f"- Not timed: {line}" for line in report.left_out(content))
+    if missing := report.left_out(content):
+        yield from (f"- Not timed: {line}" for line in missing)
+        yield ""
 
 
 def floors() -> str:

@@ -33,8 +33,9 @@ def compile_cases(selected: Sequence[Case]) -> list[dict[str, Any]]:
     """One row per kernel that the cases, all of one target, launch."""
     target = TARGETS[selected[0].target]
     launches = [(case, launched) for case in selected for launched in capture(target.gpu, partial(launch, case))]
-    codes = read_codes([launched.compiled for _, launched in launches])
-    return [_row(case, target, launched, code) for (case, launched), code in zip(launches, codes, strict=True)]
+    compiled = {launched.compiled.hash: launched.compiled for _, launched in launches}  # several may launch the same
+    codes = dict(zip(compiled, read_codes([*compiled.values()]), strict=True))
+    return [_row(case, target, launched, codes[launched.compiled.hash]) for case, launched in launches]
 
 
 def _row(case: Case, target: Target, launched: Launch, code: Code) -> dict[str, Any]:

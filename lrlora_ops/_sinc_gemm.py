@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lrlora_ops._sinc import sinc_gradients, sinc_weight
 
-# Rows of the weight that are made at a time: 2 MB in fp32, and enough for a quick product.
-_BLOCK_ELEMENTS, _BLOCK_ROWS = 2**19, 64
+# Rows of the weight that are made at a time: 4 MB in fp32, and enough for a quick product.
+_BLOCK_ELEMENTS, _BLOCK_ROWS = 2**20, 64
 
 
 @torch.library.custom_op("lrlora_eager::sinc_gemm", mutates_args=())
