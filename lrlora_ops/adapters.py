@@ -114,7 +114,9 @@ class Adapters:
     def _let_methods_decide(self, loss: Tensor | None, loss_scale: float | Tensor) -> None:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self._reduce_statistics()
-            loss = None if loss is None else _process_mean(loss.detach())
+            # A process may know a loss that no method asks for, and the others not: they would wait for each other.
+            needed = any(policy.needs_loss for policy in self.policies)
+            loss = _process_mean(loss.detach()) if needed and loss is not None else None
         for table in self.tables.values() if isinstance(loss_scale, Tensor) or loss_scale != 1.0 else ():
             table.sensitivity.div_(loss_scale)
         for policy in self.policies:

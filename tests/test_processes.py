@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from datetime import timedelta
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lrlora_ops import FixedRank, LearnedRank, SincUpdate, apply_lora
 
 STEPS = 30
+LIMIT = timedelta(minutes=2)  # of a collective that a process waits for alone
 SINC = {"rank": 2, "num_coefficients": 5, "grid": 0.05}
 # A method, and what divides the work.
 RUNS = {
@@ -65,7 +67,8 @@ def train(method, how: str, share: int, of: int):
         x = torch.randn(32, 12, generator=generator, dtype=torch.float64)[share::of]
         loss = (called(x) - teacher(x)).square().mean()
         loss.backward()
-        adapters.step(loss)
+        # What no method asks for need not be known everywhere: that of a recorder in one process.
+        adapters.step(loss if adapters.policies[0].needs_loss or share == 0 else None)
         optimizer.step()
         optimizer.zero_grad()
     parameters = {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in adapters.named_parameters()}
@@ -99,7 +102,7 @@ def said_of(attempt) -> str:
 
 def one_of_two(share, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=share, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=share, world_size=2, timeout=LIMIT)
     results = {name: train(*run, share, 2) for name, run in RUNS.items()}
     torch.save((results, said_of(divided_one_by_one), said_of(divided_by_hand)), folder / f"{share}.pt")
     dist.destroy_process_group()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from lrlora_ops import Adapters
+from lrlora_ops._sharding import is_sharded
 from lrlora_ops.report import shown
 
 StableRanks = list[float | None]
@@ -21,8 +22,11 @@ def rank_list(adapters: Adapters) -> list[int]:
 def stable_rank_list(adapters: Adapters) -> StableRanks | None:
     """The stable ranks of what ``SincUpdate`` learns, None for the other layers; no list at all if it learns nothing.
 
-    A power iteration on each of these layers, and one transfer from the device: not for every step.
+    Nor if parameters are divided among processes, for one alone, which records, does not have them. A power iteration
+    on each of these layers, and one transfer from the device: not for every step.
     """
+    if any(is_sharded(parameter) for parameter in adapters.parameters()):
+        return None
     ranks = [module.shown_rank().flatten() for module in adapters.modules.values()]
     if not any(rank.is_floating_point() for rank in ranks):
         return None
