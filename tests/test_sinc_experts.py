@@ -108,10 +108,14 @@ def test_forward_gradients_and_merge(name):
     assert (y - before).norm() > 0.1 * before.norm(), "the adapters do nothing"
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
     grads, wanted = (torch.autograd.grad(out, adapters.parameters(), dy) for out in (y, expected))
-    tolerance = 1e-5 if name in COMPUTES_IN_FP32 else 1e-11
+    # A model that rounds to fp32 on the way leaves some hundred units of that in the five sums of a phi's gradient,
+    # whose terms cancel.
+    tolerance = 2e-5 if name in COMPUTES_IN_FP32 else 1e-11
     close(y, expected, tolerance)
     for grad, exact in zip(grads, wanted, strict=True):
         close(grad, exact, tolerance)
+    if name in COMPUTES_IN_FP32:
+        model.float()  # which is what a merge of it can be checked to
     with torch.no_grad():
         merged = adapters.merge()
         merged.set_experts_implementation("eager")  # of fp64, too
