@@ -188,6 +188,7 @@ def test_every_share_of_a_dense_layer_is_located(rows, share_rows):
     assert found.tolist() == expected
 
 
+@pytest.mark.slow
 def test_a_layer_twice(monkeypatch):
     """Counters are zero at each backward, by the launch that zeroes the gradients: none is added."""
     layer = make_layer(LAYERS["silu by name"], DEVICES["triton"])
