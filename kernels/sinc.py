@@ -185,7 +185,6 @@ def sinc_gradients_kernel(
         tl.store(d_c_ptr + d_c_row + tl.arange(0, BLOCK_C), tl.sum(d_c, 0))
 
 
-@torch.library.custom_op("lrlora_triton::sinc_weight", mutates_args=())
 def sinc_weight(
     weight: Tensor,
     a: Tensor,
@@ -200,20 +199,6 @@ def sinc_weight(
 
     Of experts: ``[E, N, K]``, a ``[E * R, K]`` and b ``[E * R, N]``; what is of an expert without rows is not set.
     """
-    return moved_weight(weight, a, b, c, grid, scaling, dtype, group_offsets)
-
-
-def moved_weight(
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    grid: float,
-    scaling: float,
-    dtype: torch.dtype,
-    group_offsets: Tensor | None = None,
-) -> Tensor:
-    """``sinc_weight``, for other launchers."""
     out = weight.new_empty(weight.shape, dtype=dtype)
     _write_weight(out, weight, a, b, c, grid, scaling, group_offsets)
     return out
@@ -259,12 +244,6 @@ def _write_weight(
     )
 
 
-@sinc_weight.register_fake
-def _(weight, a, b, c, grid, scaling, dtype, group_offsets=None):
-    return weight.new_empty(weight.shape, dtype=dtype)
-
-
-@torch.library.custom_op("lrlora_triton::sinc_gradients", mutates_args=("m",))
 def sinc_gradients(
     m: Tensor,
     weight: Tensor | None,
@@ -280,20 +259,6 @@ def sinc_gradients(
     m itself becomes ``W + scaling * phi(b^T a)`` if ``weight`` is given, and is used up otherwise.
     Of experts: m ``[E, N, K]``, d_a ``[E * R, K]``, d_b ``[E * R, N]``; zeros for an expert without rows.
     """
-    return contracted(m, weight, a, b, c, grid, scaling, group_offsets)
-
-
-def contracted(
-    m: Tensor,
-    weight: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    grid: float,
-    scaling: float,
-    group_offsets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``sinc_gradients``, for other launchers."""
     d_a, d_b, d_c = (torch.zeros(t.shape, dtype=torch.float32, device=m.device) for t in (a, b, c))
     if m.numel() == 0:
         return d_a, d_b, d_c
@@ -350,8 +315,3 @@ def _owned(rank: int, group_offsets: Tensor | None, like: Tensor) -> tuple[Tenso
     num_experts = group_offsets.shape[0] - 1
     components = torch.arange(num_experts * rank, dtype=torch.int32, device=like.device)
     return (group_offsets.diff() > 0).to(torch.int32) * rank, components.view(num_experts, rank)
-
-
-@sinc_gradients.register_fake
-def _(m, weight, a, b, c, grid, scaling, group_offsets=None):
-    return tuple(t.new_empty(t.shape, dtype=torch.float32) for t in (a, b, c))

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lrlora_ops.kernels._tiles import padded_rank
-from lrlora_ops.kernels.gram import gram
+from lrlora_ops.kernels.gram import launch_gram
 from lrlora_ops.kernels.grouped_gemm import launch_gemm
-from lrlora_ops.kernels.sinc import contracted, moved_weight
+from lrlora_ops.kernels.sinc import sinc_gradients, sinc_weight
 
 
 @torch.library.custom_op("lrlora_triton::sinc_gemm", mutates_args=())
@@ -39,7 +39,7 @@ def sinc_gemm(
     rows of x; without it L is M. Rows that belong to no expert are zero.
     """
     low_rank = (b, a) if transposed else (a, b)
-    moved = moved_weight(weight, *low_rank, c, grid, scaling, dtype, group_offsets)
+    moved = sinc_weight(weight, *low_rank, c, grid, scaling, dtype, group_offsets)
     return _product(x, moved, bias, transposed, group_offsets, row_index)
 
 
@@ -77,10 +77,10 @@ def sinc_gemm_backward(
     if needs_low_rank:
         moved = _outer(dy, x, transposed, group_offsets, dy_index, x_index, row_weights)
         frozen = weight if needs_rows else None
-        grads = [*contracted(moved, frozen, *low_rank, c, grid, scaling, group_offsets)]
+        grads = [*sinc_gradients(moved, frozen, *low_rank, c, grid, scaling, group_offsets)]
         grads[:2] = reversed(grads[:2]) if transposed else grads[:2]
     elif needs_rows:
-        moved = moved_weight(weight, *low_rank, c, grid, scaling, dtype, group_offsets)
+        moved = sinc_weight(weight, *low_rank, c, grid, scaling, dtype, group_offsets)
     d_rows = _product(dy, moved, None, not transposed, group_offsets, dy_index) if needs_rows else x.new_empty(0)
     return d_rows, *grads
 
@@ -134,5 +134,5 @@ def _outer(
     ranks = torch.full((num_experts,), size, dtype=torch.int32, device=left.device)
     left = pad(left, (0, padded_rank(size) - size))
     owners = (components, group_offsets, right_index)
-    m = gram(left, right, ranks, num_experts * size, 1.0, right.dtype, None, *owners)
+    m = launch_gram(left, right, ranks, num_experts * size, 1.0, right.dtype, None, *owners)
     return m.view(num_experts, size, right.shape[1])

@@ -105,7 +105,6 @@ def _product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     return b.to(dtype).t() @ a.to(dtype)
 
 
-@torch.library.custom_op("lrlora_eager::sinc_weight", mutates_args=())
 def sinc_weight(
     weight: Tensor, a: Tensor, b: Tensor, c: Tensor, grid: float, scaling: float, dtype: torch.dtype
 ) -> Tensor:
@@ -117,14 +116,6 @@ def sinc_weight(
     return torch.add(weight, phi, alpha=scaling, out=phi).to(dtype)
 
 
-@sinc_weight.register_fake
-def _fake_weight(
-    weight: Tensor, a: Tensor, b: Tensor, c: Tensor, grid: float, scaling: float, dtype: torch.dtype
-) -> Tensor:
-    return weight.new_empty(weight.shape, dtype=dtype)
-
-
-@torch.library.custom_op("lrlora_eager::sinc_gradients", mutates_args=("m",))
 def sinc_gradients(
     m: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, c: Tensor, grid: float, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,11 +131,3 @@ def sinc_gradients(
     if weight is not None:
         torch.add(weight, phi, alpha=scaling, out=m)
     return d_a.mul_(scaling), d_b.mul_(scaling), d_c.mul_(scaling)
-
-
-@sinc_gradients.register_fake
-def _fake_gradients(
-    m: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, c: Tensor, grid: float, scaling: float
-) -> tuple[Tensor, ...]:
-    sums = torch.promote_types(m.dtype, torch.float32)
-    return tuple(t.new_empty(t.shape, dtype=sums) for t in (a, b, c))

@@ -321,10 +321,18 @@ def test_opcheck(backend):
     modules = {"eager": "lrlora_ops.eager", "triton": "lrlora_ops.kernels.primitives"}
     ops = importlib.import_module(modules[backend])
     given = {name: t.detach() for name, t in operands(Case((3,), 20, 12, 2), backend=backend).items()}
-    low_rank = (given["lora_A"], given["lora_B"].t().contiguous().t(), given["coefficients"], 0.7, SCALING)
-    if backend == "eager":  # of the kernels the other op does what this one does, and more
-        torch.library.opcheck(ops.sinc_weight, (given["weight"], *low_rank, torch.float32))
-    torch.library.opcheck(ops.sinc_gradients, (torch.randn_like(given["weight"]), given["weight"], *low_rank))
+    moved_by = (
+        given["lora_A"],
+        given["lora_B"].t().contiguous().t(),
+        given["coefficients"],
+        0.7,
+        SCALING,
+        torch.float32,
+    )
+    x, weight = given["x"], given["weight"][None]
+    torch.library.opcheck(ops.sinc_gemm, (x, weight, None, False, None, None, *moved_by))
+    rows = (torch.randn(3, 12, device=x.device), x, weight, False, None, None, None, None)
+    torch.library.opcheck(ops.sinc_gemm_backward, (*rows, *moved_by, True, True))
 
 
 def test_triton_refuses_fp64():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ StableRanks = list[float | None]
 
 def rank_list(adapters: Adapters) -> list[int]:
     """The live components: what A and B have of them, where a stable rank is shown instead."""
-    return torch.cat([module.table.ranks for module in adapters.modules.values()]).tolist()
+    return _listed([module.table.ranks for module in adapters.modules.values()])
 
 
 def stable_rank_list(adapters: Adapters) -> StableRanks | None:
@@ -33,7 +34,12 @@ def stable_rank_list(adapters: Adapters) -> StableRanks | None:
     stable = [
         rank if rank.is_floating_point() else torch.full_like(rank, math.nan, dtype=torch.float) for rank in ranks
     ]
-    return [float(f"{rank:.4g}") if math.isfinite(rank) else None for rank in torch.cat(stable).tolist()]
+    return [float(f"{rank:.4g}") if math.isfinite(rank) else None for rank in _listed(stable)]
+
+
+def _listed(ranks: Sequence[torch.Tensor]) -> list[Any]:
+    """Their values in one transfer; the modules of a large model may lie on several devices."""
+    return torch.cat([rank.to(ranks[0].device) for rank in ranks]).tolist()
 
 
 def known(ranks: Sequence[float | None] | None) -> list[float]:

@@ -70,7 +70,11 @@ def _require_triton(device: torch.device) -> None:
 def _without_dispatch(module: ModuleType) -> SimpleNamespace:
     """The functions inside a module's custom ops, whose dispatch takes longer than the products of a small layer."""
     ops = {name: op for name, op in vars(module).items() if isinstance(op, CustomOpDef)}
-    return SimpleNamespace(**{name: getattr(op, "_init_fn", op) for name, op in ops.items()})
+    return SimpleNamespace(**{name: _inside(op) for name, op in ops.items()})
+
+
+def _inside(op: Any) -> Callable[..., Any]:
+    return getattr(op, "_init_fn", op)
 
 
 _FUNCTIONS = {backend: _without_dispatch(module) for backend, module in _PRIMITIVES.items()}
@@ -105,7 +109,7 @@ def recorded(backend: str) -> Iterator[list[tuple[str, dict[str, Any]]]]:
 
 def launcher(name: str) -> Callable[..., Any]:
     """What launches the Triton kernels of a primitive, tensors on the meta device and all."""
-    return getattr(_FUNCTIONS["triton"], name)
+    return _inside(getattr(_PRIMITIVES["triton"], name))
 
 
 def add_base_product(backend: str, y: Tensor, x: Tensor, weight: Tensor, transposed: bool = False) -> None:
