@@ -15,7 +15,7 @@ import lrlora_ops
 from lrlora_ops.ops._backends import backend_reason
 
 PACKAGES = (
-    *("torch", "triton", "numpy", "safetensors", "transformers", "tokenizers", "accelerate", "peft", "trl"),
+    *("triton", "numpy", "safetensors", "transformers", "tokenizers", "accelerate", "peft", "trl"),
     *("bitsandbytes", "torchao", "typer", "rich", "matplotlib"),
 )
 # Variables that change what runs; no other is read. Their names say nothing of the user, their values may.
@@ -39,6 +39,7 @@ def environment() -> dict[str, str]:
     return {
         "lrlora_ops": lrlora_ops.__version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,  # names the build, which an installed package's version may not
         **{name: found for name in PACKAGES if (found := _version(name))},
         **_devices(),
         **{f"backend on {device}": backend_reason(torch.device(device)) for device in _device_types()},
