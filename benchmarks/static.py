@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.replace("``", ""))
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), help="default: all four")
     parser.add_argument(
-        "--quick", action="store_true", help="a part for tests: bf16 on sm_90, the widest tiles elsewhere"
+        "--quick", action="store_true", help="a part for tests: the widest tiles, and on sm_90 bf16's narrowest"
     )
     parser.add_argument("--primitive", nargs="+", choices=[*PRIMITIVES, *RANKLESS], help="default: all")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compiler processes")
