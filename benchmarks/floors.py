@@ -67,12 +67,12 @@ def accumulating_cost(shape: Shape, rank: int, itemsize: int = 2) -> Cost:
 
 
 def sinc_passes_cost(shape: Shape, rank: int, itemsize: int = 2, *, backward: bool = True) -> Cost:
-    """SincUpdate's passes over the weight's elements: each reads a matrix and writes one, but that of the gradients.
+    """SincUpdate's passes over the weight's elements.
 
-    Forward makes the weight that is multiplied. Backward contracts ``dy^T x``, and makes the weight again. The rank's
-    products are Z each time, and those for d_a and d_b.
+    Forward reads the weight and writes the one that is multiplied. Backward reads ``dy^T x`` and the weight, and writes
+    that again. The rank's products are Z each time, and those for d_a and d_b.
     """
-    moved, products = (5, 5) if backward else (2, 1)
+    moved, products = (5, 4) if backward else (2, 1)
     return Cost(itemsize * moved * shape.K * shape.N, 2 * rank * products * shape.K * shape.N)
 
 

@@ -1,99 +1,104 @@
-"""Device helpers of the sinc kernels: tiles of the low-rank product, and the parts of phi that serve all k."""
+"""Device helpers of the sinc kernels: phi, for any w and any number of coefficients.
+
+With m the integer nearest to ``w = z / h``, ``f = w - m`` and ``r_k = 1 / (m - k + f)``, one sine serves all k:
+
+    psi_k  = (-1)^(m - k) f sinc(f) r_k
+    psi_k' = (-1)^(m - k) (sinc(f) (m - k) r_k^2 + f^2 g(f) r_k) / h              g(f) = (cos(pi f) - sinc(f)) / f^2
+
+Neither cancels near ``w = k`` if f is kept off zero, where ``f r_k = 1`` and ``(m - k) r_k^2 = 0``. On ``|f| <= 1/2``
+sinc and g are short series, the same on every GPU.
+"""
+
+import math
 
 import triton
 import triton.language as tl
 
 # The least |f|: a power of two, so that f (1 / f) is 1 to the bit, and large enough for 1 / f^2.
 _LEAST = tl.constexpr(2.0**-60)
-_PI_SQUARED = tl.constexpr(9.869604401089358)
+# sinc(f) - 1 and cos(pi f) - sinc(f), over f^2 and in powers of it.
+_SINC = [(-1) ** j * math.pi ** (2 * j) / math.factorial(2 * j + 1) for j in range(1, 8)]
+_SINC_TERMS = tl.constexpr(tuple(_SINC))
+_COSINE_TERMS = tl.constexpr(tuple(2 * (j + 1) * term for j, term in enumerate(_SINC)))
 
 
 @triton.jit
-def low_rank_tile(
-    a_ptr,  # [R, K]
-    b_ptr,  # [R, N]
-    rank,
-    offs_n,
-    mask_n,
-    offs_k,
-    mask_k,
-    num_rows,
-    num_cols,
-    dtype: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """``sum_j b[j, n] a[j, k]`` in fp32, of factors in ``dtype``."""
-    z = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    for r in range(0, rank, BLOCK_R):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        a, b = load_factors(a_ptr, b_ptr, rank, offs_r, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype)
-        z = tl.dot(tl.trans(b), a, z, input_precision=PRECISION)
-    return z
-
-
-@triton.jit
-def load_factors(
-    a_ptr,  # [R, K]
-    b_ptr,  # [R, N]
-    rank,
-    offs_r,
-    offs_n,
-    mask_n,
-    offs_k,
-    mask_k,
-    num_rows,
-    num_cols,
-    dtype: tl.constexpr,
-):
-    """a ``[BLOCK_R, BLOCK_K]`` and b ``[BLOCK_R, BLOCK_N]`` in ``dtype``, zero beyond the rank."""
-    mask_r = offs_r < rank
-    rows = offs_r.to(tl.int64)[:, None]
-    a = tl.load(a_ptr + rows * num_cols + offs_k[None, :], mask=mask_r[:, None] & mask_k[None, :], other=0.0)
-    b = tl.load(b_ptr + rows * num_rows + offs_n[None, :], mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-    return a.to(dtype), b.to(dtype)
-
-
-@triton.jit
-def locate(z, inverse_grid):
-    """m, f, and ``(-1)^m``, for ``w = z / h = m + f``."""
-    w = z * inverse_grid
-    m = tl.floor(w + 0.5)
-    f = w - m
-    f = tl.where(tl.abs(f) < _LEAST, _LEAST, f)
-    return m, f, parity(m)
-
-
-@triton.jit
-def parity(m):
-    """``(-1)^m``."""
-    half = m * 0.5
-    return 1.0 - 4.0 * (half - tl.floor(half))
-
-
-@triton.jit
-def signed(index, reach):
-    """``(-1)^k`` for ``k = index - reach``."""
-    return 1.0 - 2.0 * ((index + reach) % 2)
+def polynomial(x, coefficients, COUNT: tl.constexpr):
+    """``sum_j coefficients[j] x^j`` of two coefficients or more."""
+    total = x * coefficients[COUNT - 1] + coefficients[COUNT - 2]
+    for j in tl.static_range(COUNT - 3, -1, -1):
+        total = total * x + coefficients[j]
+    return total
 
 
 @triton.jit
 def sinc_below_one(f):
     """``sinc(f) - 1`` for ``|f| <= 1/2``, by its series."""
-    x = f * f * _PI_SQUARED
-    tail = x * 0.0 + 1.0
-    for j in tl.static_range(7, 1, -1):
-        tail = 1.0 - x * tail * (1.0 / (2 * j * (2 * j + 1)))
-    return -x * tail * (1.0 / 6.0)
+    square = f * f
+    return square * polynomial(square, _SINC_TERMS, 7)
 
 
 @triton.jit
-def cosine_below_sinc(f):
+def _cosine_below_sinc(f):
     """``cos(pi f) - sinc(f)`` for ``|f| <= 1/2``, by its series: the difference would cancel."""
-    x = f * f * _PI_SQUARED
-    tail = x * 0.0 + 1.0
-    for j in tl.static_range(6, 0, -1):
-        tail = 1.0 - x * tail * (1.0 / (2 * j * (2 * j + 3)))
-    return -x * tail * (1.0 / 3.0)
+    square = f * f
+    return square * polynomial(square, _COSINE_TERMS, 7)
+
+
+@triton.jit
+def _locate(w):
+    """m, f, and ``(-1)^m``, for ``w = m + f``."""
+    m = tl.floor(w + 0.5)
+    f = w - m
+    f = tl.where(tl.abs(f) < _LEAST, _LEAST, f)
+    half = m * 0.5
+    return m, f, 1.0 - 4.0 * (half - tl.floor(half))
+
+
+@triton.jit
+def _signed(index, reach):
+    """``(-1)^k`` for ``k = index - reach``."""
+    return 1.0 - 2.0 * ((index + reach) % 2)
+
+
+@triton.jit
+def psi_sum(
+    w,
+    c_ptr,  # [2 reach + 1] fp32
+    reach,
+):
+    """``sum_k c_k psi_k(w)``."""
+    m, f, sign = _locate(w)
+    p = tl.zeros_like(w)
+    for index in range(0, 2 * reach + 1):
+        p += _signed(index, reach) * tl.load(c_ptr + index) / (m - (index - reach) + f)
+    return sign * f * (1.0 + sinc_below_one(f)) * p
+
+
+@triton.jit
+def psi_gradients(
+    w,
+    d,
+    c_ptr,  # [2 reach + 1] fp32
+    reach,
+    d_c,  # [rows, BLOCK_C]
+    BLOCK_C: tl.constexpr,
+):
+    """``sum_k c_k psi_k(w)``, its derivative by w, and d_c plus ``sum d (psi_k(w) - psi_k(0))`` of each row and k."""
+    offs_c = tl.arange(0, BLOCK_C)[None, :]
+    m, f, sign = _locate(w)
+    below_one = sinc_below_one(f)
+    sinc = sign * (1.0 + below_one)
+    d_sine = d * f * sinc
+    centre = tl.where(m == 0, d * below_one, d_sine / (m + f) - d)  # would cancel where w is small
+    d_c += tl.where(offs_c == reach, tl.sum(centre, 1)[:, None], 0.0)
+    p, t = tl.zeros_like(w), tl.zeros_like(w)
+    for index in range(0, 2 * reach + 1):  # not unrolled: that would hold the tiles of all k at once
+        c = _signed(index, reach) * tl.load(c_ptr + index)
+        distance = m - (index - reach)
+        r = 1.0 / (distance + f)
+        p += c * r
+        t += c * (distance * r) * r
+        total = _signed(index, reach) * tl.sum(d_sine * r, 1)[:, None]
+        d_c += tl.where((offs_c == index) & (index != reach), total, 0.0)
+    return sinc * f * p, sinc * t + sign * _cosine_below_sinc(f) * p, d_c

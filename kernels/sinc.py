@@ -4,14 +4,8 @@
     sinc_gradients  from m = dy^T x, with  dZ = m phi'(Z):
                     d_a = scaling * b dZ,  d_b = scaling * a dZ^T,  d_c[k] = scaling * sum m (psi_k(Z) - psi_k(0))
 
-Z, phi and dZ exist a tile at a time, in registers. With ``w = z / h``, m the nearest integer, ``f = w - m`` and
-``r_k = 1 / (m - k + f)``, one sine serves all k:
-
-    psi_k  = (-1)^(m - k) f sinc(f) r_k
-    psi_k' = (-1)^(m - k) (sinc(f) (m - k) r_k^2 + f^2 g(f) r_k) / h              g(f) = (cos(pi f) - sinc(f)) / f^2
-
-Neither cancels near ``w = k`` if f is kept off zero, where ``f r_k = 1`` and ``(m - k) r_k^2 = 0``. On ``|f| <= 1/2``
-sinc and g are short series, the same on every GPU.
+Z, phi and dZ exist a tile at a time, in registers. A tile whose ``w = z / h`` lie within 9/2, with nine coefficients
+at most, is computed by ``_phi_near.py``, any other by ``_phi.py``, which takes several times as many instructions.
 
 Experts are matrices of one tensor, each with its own rows of a and b, and one c for all. Those without rows are left
 out: nothing reads what their part of a buffer holds.
@@ -23,14 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from lrlora_ops.kernels._configs import tile_for
-from lrlora_ops.kernels._phi import (
-    cosine_below_sinc,
-    load_factors,
-    locate,
-    low_rank_tile,
-    parity,
-    signed,
-    sinc_below_one,
+from lrlora_ops.kernels._low_rank import load_factors, low_rank_tile
+from lrlora_ops.kernels._phi import psi_gradients, psi_sum
+from lrlora_ops.kernels._phi_near import (
+    LIMIT,
+    NEAR_COUNT,
+    add_coefficients,
+    add_moments,
+    near_gradients,
+    near_sum,
+    power_coefficients,
+    zero_moments,
 )
 from lrlora_ops.kernels._reduce import reduce_slabs
 from lrlora_ops.kernels._tiles import dot_precision, padded_rank, row_major
@@ -68,6 +65,7 @@ def sinc_weight_kernel(
     reach,
     inverse_grid,
     scaling,
+    NEAR: tl.constexpr,
     GROUPED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -93,18 +91,23 @@ def sinc_weight_kernel(
         a_ptr, b_ptr, rank, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, weight.dtype, PRECISION,
         BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
-    m, f, sign = locate(z, inverse_grid)
-    p = tl.zeros_like(z)
-    for index in range(0, 2 * reach + 1):
-        p += signed(index, reach) * tl.load(c_ptr + index) / (m - (index - reach) + f)
-    phi = z - tl.load(c_ptr + reach) + sign * f * (1.0 + sinc_below_one(f)) * p
+    w = z * inverse_grid
+    is_near = False
+    if NEAR:
+        is_near = tl.max(tl.abs(w)) <= LIMIT
+    if is_near:
+        curve = near_sum(w, power_coefficients(c_ptr, reach))
+    else:
+        curve = psi_sum(w, c_ptr, reach)
+    phi = z - tl.load(c_ptr + reach) + curve
     out = weight.to(tl.float32) + scaling * phi
     tl.store(out_ptr + rows * num_cols + offs_k[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def sinc_gradients_kernel(
-    m_ptr,  # [E, N, K]
+    m_ptr,  # [E, N, K], output too if WRITES
+    weight_ptr,  # [E, N, K], unused unless WRITES
     a_ptr,  # [E * R, K]
     b_ptr,  # [E * R, N]
     c_ptr,  # [2 reach + 1] fp32
@@ -115,9 +118,14 @@ def sinc_gradients_kernel(
     rank,
     num_rows,
     num_cols,
+    stride_we,
+    stride_wn,
     reach,
     inverse_grid,
+    scaling,
     WIDTH: tl.constexpr,
+    WRITES: tl.constexpr,
+    NEAR: tl.constexpr,
     GROUPED: tl.constexpr,
     PRECISION: tl.constexpr,
     SPAN: tl.constexpr,
@@ -132,12 +140,12 @@ def sinc_gradients_kernel(
     expert = (tl.program_id(2) // (WIDTH // BLOCK_R)).to(tl.int64)
     first_slot = tl.program_id(2) % (WIDTH // BLOCK_R) * BLOCK_R
     m_ptr += expert * num_rows * num_cols
+    weight_ptr += expert * stride_we
     a_ptr += expert * rank * num_cols
     b_ptr += expert * rank * num_rows
     pid_n, span = expert * tl.num_programs(0) + tl.program_id(0), expert * tl.num_programs(1) + tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = first_slot + tl.arange(0, BLOCK_R)
-    offs_c = tl.arange(0, BLOCK_C)[None, :]
     mask_n = offs_n < num_rows
     rows = offs_n.to(tl.int64)[:, None]
     first = tl.program_id(1) * SPAN * BLOCK_K
@@ -145,6 +153,10 @@ def sinc_gradients_kernel(
 
     d_b = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     d_c = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)  # by row: threads meet once, at the end
+    is_near = False
+    if NEAR:
+        powers = power_coefficients(c_ptr, reach)
+        moments = zero_moments(BLOCK_N)
     for start in range(first, tl.minimum(first + SPAN * BLOCK_K, num_cols), BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         mask_k = offs_k < num_cols
@@ -154,24 +166,21 @@ def sinc_gradients_kernel(
             a_ptr, b_ptr, rank, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype, PRECISION,
             BLOCK_N, BLOCK_K, BLOCK_R,
         )  # fmt: skip
-        m, f, sign = locate(z, inverse_grid)
-        below_one = sinc_below_one(f)
-        sinc = sign * (1.0 + below_one)
-        d_sine = d * f * sinc
-        centre = tl.where(m == 0, d * below_one, d_sine / (m + f) - d)  # would cancel where z is small
-        d_c += tl.where(offs_c == reach, tl.sum(centre, 1)[:, None], 0.0)
-        p, t = tl.zeros_like(z), tl.zeros_like(z)
-        for index in range(0, 2 * reach + 1):  # not unrolled: that would hold the tiles of all k at once
-            c = signed(index, reach) * tl.load(c_ptr + index)
-            distance = m - (index - reach)
-            r = 1.0 / (distance + f)
-            p += c * r
-            t += c * (distance * r) * r
-            total = signed(index, reach) * tl.sum(d_sine * r, 1)[:, None]
-            d_c += tl.where((offs_c == index) & (index != reach), total, 0.0)
-        slope = 1.0 + inverse_grid * (sinc * t + parity(m) * cosine_below_sinc(f) * p)
+        w = z * inverse_grid
+        if NEAR:
+            is_near = tl.max(tl.abs(w)) <= LIMIT
+        if is_near:
+            e, curve, slope = near_gradients(w, powers)
+            moments = add_moments(moments, d, w, e)
+        else:
+            curve, slope, d_c = psi_gradients(w, d, c_ptr, reach, d_c, BLOCK_C)
+        if WRITES:
+            weight = tl.load(weight_ptr + rows * stride_wn + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+            moved = weight + scaling * (z - tl.load(c_ptr + reach) + curve)
+            tl.debug_barrier()  # all of the tile's m have been read
+            tl.store(m_ptr + rows * num_cols + offs_k[None, :], moved.to(dtype), mask=mask)
 
-        d_z = (d * slope).to(dtype)
+        d_z = (d + d * (slope * inverse_grid)).to(dtype)
         a, b = load_factors(a_ptr, b_ptr, rank, offs_r, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype)
         d_b = tl.dot(d_z, tl.trans(a), d_b, input_precision=PRECISION)
         d_a = tl.dot(tl.trans(d_z), tl.trans(b), input_precision=PRECISION)
@@ -182,7 +191,10 @@ def sinc_gradients_kernel(
     tl.store(d_b_ptr + d_b_rows + offs_n[:, None], d_b, mask=(offs_r < rank)[None, :] & mask_n[:, None])
     if first_slot == 0:
         d_c_row = (pid_n * tl.num_programs(1) + tl.program_id(1)) * BLOCK_C
-        tl.store(d_c_ptr + d_c_row + tl.arange(0, BLOCK_C), tl.sum(d_c, 0))
+        total = tl.sum(d_c, 0)
+        if NEAR:
+            total = add_coefficients(total, moments, reach, BLOCK_C)
+        tl.store(d_c_ptr + d_c_row + tl.arange(0, BLOCK_C), total)
 
 
 def sinc_weight(
@@ -235,6 +247,7 @@ def _write_weight(
         len(c) // 2,
         1 / grid,
         scaling,
+        NEAR=len(c) <= NEAR_COUNT,
         GROUPED=group_offsets is not None,
         PRECISION=dot_precision(weight.dtype),
         BLOCK_N=tile.block_m,
@@ -272,8 +285,13 @@ def sinc_gradients(
     d_a_partial = d_a.new_empty(num_experts * row_tiles, width, num_cols)
     d_b_partial = d_b.new_empty(num_experts * spans, width, num_rows)
     d_c_partial = d_c.new_zeros(num_experts * row_tiles * spans, block_c, 1)  # those without rows write nothing
+    writes = weight is not None and rank_tiles == 1  # the programs of other slots would read what is written
+    frozen = (
+        row_major(weight if weight.dim() == 3 else weight[None]) if writes else m.view(num_experts, num_rows, num_cols)
+    )
     sinc_gradients_kernel[row_tiles, spans, num_experts * rank_tiles](
         m,
+        frozen,
         a.contiguous(),
         b.contiguous(),
         c.contiguous(),
@@ -284,9 +302,14 @@ def sinc_gradients(
         rank,
         num_rows,
         num_cols,
+        frozen.stride(0),
+        frozen.stride(1),
         len(c) // 2,
         1 / grid,
+        scaling,
         WIDTH=width,
+        WRITES=writes,
+        NEAR=len(c) <= NEAR_COUNT,
         GROUPED=group_offsets is not None,
         PRECISION=dot_precision(m.dtype),
         SPAN=span,
@@ -303,7 +326,7 @@ def sinc_gradients(
         reduce_slabs(partial, d, ranks, scaling, None, components, slab_offsets)
     of_all = torch.full((1,), len(c), dtype=torch.int32, device=m.device)
     reduce_slabs(d_c_partial, d_c[:, None], of_all, scaling, None, None, None)
-    if weight is not None:  # a launch of its own: within the kernel it would take the registers that there are
+    if weight is not None and not writes:
         _write_weight(m, weight, a, b, c, grid, scaling, group_offsets)
     return d_a, d_b, d_c
 

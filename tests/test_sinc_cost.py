@@ -64,11 +64,7 @@ def test_launches_move_little_more_than_the_passes(shape):
     """Partial sums of dA and dB are the rest."""
     forward, backward = sinc_launches(shape, 16)
     assert [launched.kernel for launched in forward] == ["sinc_weight_kernel"]
-    assert [launched.kernel for launched in backward] == [
-        "sinc_gradients_kernel",
-        *["reduce_kernel"] * 3,
-        "sinc_weight_kernel",
-    ]
+    assert [launched.kernel for launched in backward] == ["sinc_gradients_kernel", *["reduce_kernel"] * 3]
     least = sinc_passes_cost(shape, 16)
     assert least.bytes < sum(launched.cost.bytes for launched in forward + backward) <= 1.25 * least.bytes
     least = sinc_passes_cost(shape, 16, backward=False)
@@ -101,6 +97,6 @@ def test_the_goal_is_of_the_layer_s_own_base():
 
 def test_costs_by_hand():
     shape = Shape("", "", 6, 4, 8)
-    assert sinc_passes_cost(shape, 3, 2) == Cost(2 * 5 * 32, 2 * 3 * 5 * 32)
+    assert sinc_passes_cost(shape, 3, 2) == Cost(2 * 5 * 32, 2 * 3 * 4 * 32)
     assert sinc_cost(shape, 3, 2, backward=False) == Cost(2 * 2 * 32, 2 * 3 * 32)
-    assert sinc_cost(shape, 3, 2) == Cost(2 * 5 * 32 + 2 * (24 + 48 + 32), 2 * 3 * 5 * 32 + 2 * 6 * 32)
+    assert sinc_cost(shape, 3, 2) == Cost(2 * 5 * 32 + 2 * (24 + 48 + 32), 2 * 3 * 4 * 32 + 2 * 6 * 32)

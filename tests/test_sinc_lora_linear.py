@@ -82,6 +82,8 @@ CASES = {
     "odd sizes": Case((5,), 33, 70, 3, bias=True),
     "one component": Case((2, 3), 17, 20, 1, num_coefficients=1),
     "nine functions, elements beyond them": Case((4,), 40, 24, 6, num_coefficients=9, spread=6.0),
+    "nine functions, elements among them": Case((4,), 40, 24, 6, num_coefficients=9, spread=0.6),
+    "components of two rank tiles": Case((3,), 20, 16, 40, num_coefficients=9, spread=0.6),
     "far beyond them": Case((4,), 16, 16, 2, spread=1e4),
     "rank 0": Case((3,), 20, 16, 0),
 }
@@ -95,7 +97,14 @@ def test_eager_parity(case, dtype):
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [("odd sizes", torch.float32), ("nine functions, elements beyond them", torch.float16), ("rank 0", torch.float32)],
+    [
+        ("odd sizes", torch.float32),
+        ("nine functions, elements beyond them", torch.float16),
+        ("nine functions, elements among them", torch.float32),
+        ("nine functions, elements among them", torch.float16),
+        ("components of two rank tiles", torch.float32),
+        ("rank 0", torch.float32),
+    ],
 )
 def test_triton_parity(case, dtype):
     check_parity(operands(CASES[case], dtype, "triton"), 0.7, dtype, "triton")
