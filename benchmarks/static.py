@@ -86,9 +86,7 @@ def report(selected: list[Case], jobs: int, console: Console) -> list[dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.replace("``", ""))
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), help="default: all four")
-    parser.add_argument(
-        "--quick", action="store_true", help="a part for tests: the widest tiles, and on sm_90 bf16's narrowest"
-    )
+    parser.add_argument("--quick", action="store_true", help="a part for tests: bf16's widest tiles, and on sm_90 more")
     parser.add_argument("--primitive", nargs="+", choices=[*PRIMITIVES, *RANKLESS], help="default: all")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compiler processes")
     parser.add_argument("--json", type=Path, help="write the rows to this file too")

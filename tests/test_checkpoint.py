@@ -439,6 +439,7 @@ print(len(seen), "states,", len(os.listdir("checkpoint")), "files")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_hundred_kills_at_random_moments(tmp_path):
     """After each, the checkpoint is whole: one save's tensors, all of them. A save clears what the kills left."""

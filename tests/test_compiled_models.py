@@ -62,6 +62,7 @@ def assert_compiles_once(model: nn.Module, methods, backend: str = "aot_eager") 
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_experts():
     """Grown, with layers beside them whose ranks are learned."""
     assert_compiles_once(tiny("qwen3_moe"), {"experts": GROWN, "all-linear": LEARNED})
