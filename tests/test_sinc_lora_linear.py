@@ -119,8 +119,9 @@ def test_adapters_in_fp32_beside_fp16(backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rank", [4, 32, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_parity_and_equal_runs_on_a_gpu(dtype, rank):
-    given = operands(Case((600,), 1040, 776, rank, num_coefficients=9, bias=True), dtype, "triton")
+@pytest.mark.parametrize("spread", [0.6, 1.5], ids=["near", "afar"])
+def test_parity_and_equal_runs_on_a_gpu(spread, dtype, rank):
+    given = operands(Case((600,), 1040, 776, rank, num_coefficients=9, spread=spread, bias=True), dtype, "triton")
     check_parity(given, 0.7, dtype, "triton")
     first, second = (
         results(sinc_lora_linear(**given, grid=0.7, scaling=SCALING, backend="triton"), given) for _ in range(2)
