@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic.fields import FieldInfo
@@ -14,10 +14,8 @@ from lrlora_ops.finetune.config import METHOD_MODELS, METHODS, FineTuneConfig, o
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Put an option for every setting in the place of the command's ``**options``; one that is not given is None."""
-    hints = get_type_hints(command, include_extras=True)
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    options = [_option(name, path) for name, path in option_paths().items()]
-    parameters = [*(p.replace(annotation=hints[p.name]) for p in own), *options]
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = [*own, *(_option(name, path) for name, path in option_paths().items())]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
