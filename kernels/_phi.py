@@ -24,9 +24,9 @@ _COSINE_TERMS = tl.constexpr(tuple(2 * (j + 1) * term for j, term in enumerate(_
 
 @triton.jit
 def polynomial(x, coefficients, COUNT: tl.constexpr):
-    """``sum_j coefficients[j] x^j`` of two coefficients or more."""
-    total = x * coefficients[COUNT - 1] + coefficients[COUNT - 2]
-    for j in tl.static_range(COUNT - 3, -1, -1):
+    """``sum_j coefficients[j] x^j``."""
+    total = tl.zeros_like(x) + coefficients[COUNT - 1]
+    for j in tl.static_range(COUNT - 2, -1, -1):
         total = total * x + coefficients[j]
     return total
 
@@ -39,14 +39,14 @@ def sinc_below_one(f):
 
 
 @triton.jit
-def _cosine_below_sinc(f):
+def cosine_below_sinc(f):
     """``cos(pi f) - sinc(f)`` for ``|f| <= 1/2``, by its series: the difference would cancel."""
     square = f * f
     return square * polynomial(square, _COSINE_TERMS, 7)
 
 
 @triton.jit
-def _locate(w):
+def locate(w):
     """m, f, and ``(-1)^m``, for ``w = m + f``."""
     m = tl.floor(w + 0.5)
     f = w - m
@@ -68,7 +68,7 @@ def psi_sum(
     reach,
 ):
     """``sum_k c_k psi_k(w)``."""
-    m, f, sign = _locate(w)
+    m, f, sign = locate(w)
     p = tl.zeros_like(w)
     for index in range(0, 2 * reach + 1):
         p += _signed(index, reach) * tl.load(c_ptr + index) / (m - (index - reach) + f)
@@ -86,7 +86,7 @@ def psi_gradients(
 ):
     """``sum_k c_k psi_k(w)``, its derivative by w, and d_c plus ``sum d (psi_k(w) - psi_k(0))`` of each row and k."""
     offs_c = tl.arange(0, BLOCK_C)[None, :]
-    m, f, sign = _locate(w)
+    m, f, sign = locate(w)
     below_one = sinc_below_one(f)
     sinc = sign * (1.0 + below_one)
     d_sine = d * f * sinc
@@ -101,4 +101,4 @@ def psi_gradients(
         t += c * (distance * r) * r
         total = _signed(index, reach) * tl.sum(d_sine * r, 1)[:, None]
         d_c += tl.where((offs_c == index) & (index != reach), total, 0.0)
-    return sinc * f * p, sinc * t + sign * _cosine_below_sinc(f) * p, d_c
+    return sinc * f * p, sinc * t + sign * cosine_below_sinc(f) * p, d_c

@@ -4,8 +4,8 @@
     sinc_gradients  from m = dy^T x, with  dZ = m phi'(Z):
                     d_a = scaling * b dZ,  d_b = scaling * a dZ^T,  d_c[k] = scaling * sum m (psi_k(Z) - psi_k(0))
 
-Z, phi and dZ exist a tile at a time, in registers. A tile whose ``w = z / h`` lie within 9/2, with nine coefficients
-at most, is computed by ``_phi_near.py``, any other by ``_phi.py``, which takes several times as many instructions.
+Z, phi and dZ exist a tile at a time, in registers: of nine coefficients at most by ``_phi_nine.py``, of more by
+``_phi.py``, which takes instructions for each.
 
 Experts are matrices of one tensor, each with its own rows of a and b, and one c for all. Those without rows are left
 out: nothing reads what their part of a buffer holds.
@@ -19,13 +19,11 @@ from torch import Tensor
 from lrlora_ops.kernels._configs import tile_for
 from lrlora_ops.kernels._low_rank import load_factors, low_rank_tile
 from lrlora_ops.kernels._phi import psi_gradients, psi_sum
-from lrlora_ops.kernels._phi_near import (
-    LIMIT,
-    NEAR_COUNT,
-    add_coefficients,
-    add_moments,
-    near_gradients,
-    near_sum,
+from lrlora_ops.kernels._phi_nine import (
+    NINE,
+    nine_gradients,
+    nine_sum,
+    of_coefficients,
     power_coefficients,
     zero_moments,
 )
@@ -54,7 +52,7 @@ def sinc_weight_kernel(
     weight_ptr,  # [E, N, K]
     a_ptr,  # [E * R, K]
     b_ptr,  # [E * R, N]
-    c_ptr,  # [2 reach + 1] fp32
+    c_ptr,  # [2 REACH + 1] fp32
     out_ptr,  # [E, N, K], output
     group_offsets_ptr,  # [E + 1]
     rank,
@@ -62,10 +60,10 @@ def sinc_weight_kernel(
     num_cols,
     stride_we,
     stride_wn,
-    reach,
     inverse_grid,
     scaling,
-    NEAR: tl.constexpr,
+    REACH: tl.constexpr,
+    IS_NINE: tl.constexpr,
     GROUPED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,14 +90,11 @@ def sinc_weight_kernel(
         BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
     w = z * inverse_grid
-    is_near = False
-    if NEAR:
-        is_near = tl.max(tl.abs(w)) <= LIMIT
-    if is_near:
-        curve = near_sum(w, power_coefficients(c_ptr, reach))
+    if IS_NINE:
+        curve = nine_sum(w, power_coefficients(c_ptr, REACH), REACH)
     else:
-        curve = psi_sum(w, c_ptr, reach)
-    phi = z - tl.load(c_ptr + reach) + curve
+        curve = psi_sum(w, c_ptr, REACH)
+    phi = z - tl.load(c_ptr + REACH) + curve
     out = weight.to(tl.float32) + scaling * phi
     tl.store(out_ptr + rows * num_cols + offs_k[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -110,7 +105,7 @@ def sinc_gradients_kernel(
     weight_ptr,  # [E, N, K], unused unless WRITES
     a_ptr,  # [E * R, K]
     b_ptr,  # [E * R, N]
-    c_ptr,  # [2 reach + 1] fp32
+    c_ptr,  # [2 REACH + 1] fp32
     d_a_ptr,  # [E, row tiles, WIDTH, K] fp32, output
     d_b_ptr,  # [E, spans, WIDTH, N] fp32, output
     d_c_ptr,  # [E, row tiles, spans, BLOCK_C] fp32, output
@@ -120,12 +115,12 @@ def sinc_gradients_kernel(
     num_cols,
     stride_we,
     stride_wn,
-    reach,
     inverse_grid,
     scaling,
     WIDTH: tl.constexpr,
     WRITES: tl.constexpr,
-    NEAR: tl.constexpr,
+    REACH: tl.constexpr,
+    IS_NINE: tl.constexpr,
     GROUPED: tl.constexpr,
     PRECISION: tl.constexpr,
     SPAN: tl.constexpr,
@@ -152,11 +147,11 @@ def sinc_gradients_kernel(
     dtype: tl.constexpr = m_ptr.dtype.element_ty
 
     d_b = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    d_c = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)  # by row: threads meet once, at the end
-    is_near = False
-    if NEAR:
-        powers = power_coefficients(c_ptr, reach)
-        moments = zero_moments(BLOCK_N)
+    if IS_NINE:
+        powers = power_coefficients(c_ptr, REACH)
+        sums = zero_moments(REACH, BLOCK_N)  # by row: threads meet once, at the end
+    else:
+        sums = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
     for start in range(first, tl.minimum(first + SPAN * BLOCK_K, num_cols), BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         mask_k = offs_k < num_cols
@@ -167,16 +162,13 @@ def sinc_gradients_kernel(
             BLOCK_N, BLOCK_K, BLOCK_R,
         )  # fmt: skip
         w = z * inverse_grid
-        if NEAR:
-            is_near = tl.max(tl.abs(w)) <= LIMIT
-        if is_near:
-            e, curve, slope = near_gradients(w, powers)
-            moments = add_moments(moments, d, w, e)
+        if IS_NINE:
+            curve, slope, sums = nine_gradients(w, d, powers, sums, REACH)
         else:
-            curve, slope, d_c = psi_gradients(w, d, c_ptr, reach, d_c, BLOCK_C)
+            curve, slope, sums = psi_gradients(w, d, c_ptr, REACH, sums, BLOCK_C)
         if WRITES:
             weight = tl.load(weight_ptr + rows * stride_wn + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-            moved = weight + scaling * (z - tl.load(c_ptr + reach) + curve)
+            moved = weight + scaling * (z - tl.load(c_ptr + REACH) + curve)
             tl.debug_barrier()  # all of the tile's m have been read
             tl.store(m_ptr + rows * num_cols + offs_k[None, :], moved.to(dtype), mask=mask)
 
@@ -191,10 +183,11 @@ def sinc_gradients_kernel(
     tl.store(d_b_ptr + d_b_rows + offs_n[:, None], d_b, mask=(offs_r < rank)[None, :] & mask_n[:, None])
     if first_slot == 0:
         d_c_row = (pid_n * tl.num_programs(1) + tl.program_id(1)) * BLOCK_C
-        total = tl.sum(d_c, 0)
-        if NEAR:
-            total = add_coefficients(total, moments, reach, BLOCK_C)
-        tl.store(d_c_ptr + d_c_row + tl.arange(0, BLOCK_C), total)
+        if IS_NINE:
+            d_c = of_coefficients(sums, REACH, BLOCK_C)
+        else:
+            d_c = tl.sum(sums, 0)
+        tl.store(d_c_ptr + d_c_row + tl.arange(0, BLOCK_C), d_c)
 
 
 def sinc_weight(
@@ -244,10 +237,10 @@ def _write_weight(
         num_cols,
         weight.stride(0),
         weight.stride(1),
-        len(c) // 2,
         1 / grid,
         scaling,
-        NEAR=len(c) <= NEAR_COUNT,
+        REACH=len(c) // 2,
+        IS_NINE=len(c) <= NINE,
         GROUPED=group_offsets is not None,
         PRECISION=dot_precision(weight.dtype),
         BLOCK_N=tile.block_m,
@@ -304,12 +297,12 @@ def sinc_gradients(
         num_cols,
         frozen.stride(0),
         frozen.stride(1),
-        len(c) // 2,
         1 / grid,
         scaling,
         WIDTH=width,
         WRITES=writes,
-        NEAR=len(c) <= NEAR_COUNT,
+        REACH=len(c) // 2,
+        IS_NINE=len(c) <= NINE,
         GROUPED=group_offsets is not None,
         PRECISION=dot_precision(m.dtype),
         SPAN=span,

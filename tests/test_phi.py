@@ -11,14 +11,16 @@ from torch import Tensor
 from tests.test_lora_linear import DEVICE
 
 sinc = pytest.importorskip("lrlora_ops.kernels.sinc", reason="needs triton")
-near = pytest.importorskip("lrlora_ops.kernels._phi_near", reason="needs triton")
+nine = pytest.importorskip("lrlora_ops.kernels._phi_nine", reason="needs triton")
 
 GRID = 0.5
 EPS = torch.finfo(torch.float32).eps
-# Everywhere, next to where sin(pi w) is 0 and at it, and at the ends of what the polynomials are for.
-NODES = torch.arange(-4.0, 5.0)
-POINTS = torch.cat([torch.linspace(-4.5, 4.5, 97), NODES, NODES + 1e-6, NODES - 1e-4, torch.tensor([1e-30, 1e-3])])
-AFAR = torch.cat([POINTS, torch.tensor([5.0, -7.25, 1e3, 1e6])])
+# Everywhere; at and next to where sin(pi w) is 0; where one form gives way to another; and far out.
+NODES = torch.arange(-7.0, 8.0)
+POINTS = torch.cat([torch.linspace(-6.5, 6.5, 111), NODES, NODES + 1e-6, NODES - 1e-4, torch.tensor([1e-30, 1e-3])])
+POINTS = torch.cat(
+    [POINTS, torch.tensor([4.5, -4.500001, 12.25, -100.75, 1e3 + 0.5, 9999.5, 3e4 + 0.5, -1e6, 1e12, 1e30])]
+)
 
 
 def phi_and_gradients(w: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,12 +47,11 @@ def exact(w: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("count", [1, 5, 9, 11])
-@pytest.mark.parametrize("points", [POINTS, AFAR], ids=["near", "afar"])
-def test_phi(points, count):
-    """Within a few roundings of the terms that are summed; eleven coefficients are too many for the polynomials."""
+def test_phi(count):
+    """Within a few roundings of the terms that are summed, by either way: of nine coefficients at most, and of more."""
     generator = torch.Generator().manual_seed(count)
-    c, d = (torch.randn(size, generator=generator).to(DEVICE["triton"]) for size in (count, len(points)))
-    w = points.to(c)
+    c, d = (torch.randn(size, generator=generator).to(DEVICE["triton"]) for size in (count, len(POINTS)))
+    w = POINTS.to(c)
     actual, expected = phi_and_gradients(w, c, d), exact(w, c, d)
     # Of a value, a slope and a sum: how large the terms may be of which each is made.
     terms = (w.abs() * GRID + c.abs().sum(), d.abs() * (1 + 2 * c.abs().sum() / GRID), d.abs().sum())
@@ -70,22 +71,20 @@ def test_nothing_cancels_where_z_is_small(scale):
     torch.testing.assert_close(d_c[4].double(), wanted[4], rtol=1e-5, atol=0)
 
 
-def test_near_elements_are_computed_by_the_polynomials(monkeypatch):
+def test_the_ways_agree(monkeypatch):
     c, d = torch.linspace(-1, 1, 9, device=DEVICE["triton"]), torch.ones(len(POINTS), device=DEVICE["triton"])
     w = POINTS.to(c)
-    by_polynomials = phi_and_gradients(w, c, d)
-    monkeypatch.setattr(sinc, "NEAR_COUNT", 0)
+    by_powers = phi_and_gradients(w, c, d)
+    monkeypatch.setattr(sinc, "NINE", 0)
     in_general = phi_and_gradients(w, c, d)
-    for one, other in zip(by_polynomials, in_general, strict=True):
+    for one, other in zip(by_powers, in_general, strict=True):
         assert not torch.equal(one, other)
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
-def test_the_envelope_is_what_its_polynomial_says():
-    """log2 of ``4!^2 / (Gamma(5 + w) Gamma(5 - w))`` without the factors ``1 - w^2 / 25`` and ``1 - w^2 / 36``."""
-    for w in (POINTS.abs() + 1e-3).clamp(max=4.5).tolist():
-        square = w * w
-        front = math.log2((1 - square / 25) * (1 - square / 36))
-        gammas = (2 * math.lgamma(5) - math.lgamma(5 + w) - math.lgamma(5 - w)) / math.log(2)
-        fitted = square * sum(term * square**j for j, term in enumerate(near._LOG))
-        assert abs(fitted + front - gammas) < 5e-8
+def test_the_polynomial_is_what_it_stands_for():
+    """log2 of ``prod_{i > 6} (1 - w^2 / i^2)``, which is ``6!^2 / (Gamma(7 + w) Gamma(7 - w))``."""
+    for w in torch.linspace(1e-3, 4.5, 500).tolist():
+        exact = (2 * math.lgamma(7) - math.lgamma(7 + w) - math.lgamma(7 - w)) / math.log(2)
+        fitted = w**2 * sum(term * w ** (2 * j) for j, term in enumerate(nine._LOG))
+        assert abs(fitted - exact) < 5e-8
