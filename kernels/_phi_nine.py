@@ -95,7 +95,7 @@ def nine_sum(w, powers, N: tl.constexpr):
 def nine_gradients(w, d, powers, moments, N: tl.constexpr):
     """``sum_k c_k psi_k(w)``, its derivative by w, and the moments plus those of d.
 
-    Moments are sums of each row over ``d (psi_0(w) - 1)``, apart since it would cancel where w is small, and
+    Moments are sums of each place in a tile over ``d (psi_0(w) - 1)``, apart since it would cancel where w is small, and
     ``d E w^j``.
     """
     square, near = w * w, _bounded(w)
@@ -126,20 +126,20 @@ def nine_gradients(w, d, powers, moments, N: tl.constexpr):
     for j in tl.static_range(N + 1):
         even = even + (_POWERS[N][2 * j * (2 * N + 1) + N],)
     central = tl.where(m == 0, below_one, e * polynomial(near * near, even, N + 1) - 1.0)
-    sums = (moments[0] + tl.sum(d * central, 1),)
+    sums = (moments[0] + d * central,)
     term = d * e
     for j in tl.static_range(1, 2 * N + 1):
         term = term * near
-        sums = sums + (moments[j] + tl.sum(term, 1),)
+        sums = sums + (moments[j] + term,)
     return e * p, e * p_slope + e_slope * p, sums
 
 
 @triton.jit
-def zero_moments(N: tl.constexpr, BLOCK_N: tl.constexpr):
+def zero_moments(N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """What ``nine_gradients`` starts from."""
     moments = ()
     for _ in tl.static_range(2 * N + 1):
-        moments = moments + (tl.zeros((BLOCK_N,), dtype=tl.float32),)
+        moments = moments + (tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32),)
     return moments
 
 

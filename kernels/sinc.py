@@ -149,7 +149,7 @@ def sinc_gradients_kernel(
     d_b = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     if IS_NINE:
         powers = power_coefficients(c_ptr, REACH)
-        sums = zero_moments(REACH, BLOCK_N)  # by row: threads meet once, at the end
+        sums = zero_moments(REACH, BLOCK_N, BLOCK_K)  # threads meet once, at the end
     else:
         sums = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
     for start in range(first, tl.minimum(first + SPAN * BLOCK_K, num_cols), BLOCK_K):
