@@ -95,8 +95,8 @@ def nine_sum(w, powers, N: tl.constexpr):
 def nine_gradients(w, d, powers, moments, N: tl.constexpr):
     """``sum_k c_k psi_k(w)``, its derivative by w, and the moments plus those of d.
 
-    Moments are sums of each place in a tile over ``d (psi_0(w) - 1)``, apart since it would cancel where w is small, and
-    ``d E w^j``.
+    Moments are sums, for each place in a tile, over ``d (psi_0(w) - 1)``, apart since it would cancel where w is small,
+    and ``d E w^j``.
     """
     square, near = w * w, _bounded(w)
     factors, factors_slope = _product(square, N + 1, 6)
