@@ -45,7 +45,7 @@ _CUDA = {
     "gated_shrink_backward": _tiles((64, 64, 16, 8, 3), (64, 32, 32, 8, 2), (64, 32, 64, 8, 3), (64, 16, 128, 8, 3)),
     "adapter_gradients": _tiles((64, 128, 16, 4, 4), (64, 128, 32, 8, 4), (64, 64, 64, 4, 4), (64, 64, 128, 4, 4)),
     "sinc_weight": _tiles((64, 32, 16, 4, 2), (64, 32, 32, 4, 2), (64, 32, 64, 4, 2), (64, 32, 64, 4, 2)),
-    "sinc_gradients": _tiles((64, 16, 16, 8, 1), (64, 16, 32, 8, 1), (64, 16, 64, 8, 1), (64, 16, 64, 8, 1)),
+    "sinc_gradients": _tiles((64, 16, 16, 4, 1), (64, 16, 32, 8, 1), (64, 16, 64, 8, 1), (64, 16, 64, 8, 1)),
 }
 # Without tensor cores the operands of a product sit in registers.
 _CUDA_FP32 = {

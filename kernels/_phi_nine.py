@@ -22,6 +22,9 @@ NINE = 9
 _INNER = tl.constexpr(20.25)
 # What the powers of w are of where it is more, lest they overflow: E has 1 / w, and beyond it w (psi_k) is constant.
 _MOST = tl.constexpr(1e4)
+# Moments that are summed over rows of a tile at once; those of the others, by place, take fewer instructions, and more
+# registers than there are for all of them.
+_BY_ROW = tl.constexpr(6)
 # log2 of prod_{i > 6} (1 - w^2 / i^2), over w^2 and in powers of it: minimax, within 5e-8 where |w| <= 9/2.
 _LOG = (-0.221519019, -8.65219172e-4, -8.12574184e-6, -8.59869923e-8, -2.75672508e-9, 4.59703455e-11, -1.92541569e-12)
 _LOG_TERMS = tl.constexpr(_LOG)
@@ -95,8 +98,8 @@ def nine_sum(w, powers, N: tl.constexpr):
 def nine_gradients(w, d, powers, moments, N: tl.constexpr):
     """``sum_k c_k psi_k(w)``, its derivative by w, and the moments plus those of d.
 
-    Moments are sums, for each place in a tile, over ``d (psi_0(w) - 1)``, apart since it would cancel where w is small,
-    and ``d E w^j``.
+    Moments are sums over ``d (psi_0(w) - 1)``, apart since it would cancel where w is small, and
+    ``d E w^j``.
     """
     square, near = w * w, _bounded(w)
     factors, factors_slope = _product(square, N + 1, 6)
@@ -126,11 +129,14 @@ def nine_gradients(w, d, powers, moments, N: tl.constexpr):
     for j in tl.static_range(N + 1):
         even = even + (_POWERS[N][2 * j * (2 * N + 1) + N],)
     central = tl.where(m == 0, below_one, e * polynomial(near * near, even, N + 1) - 1.0)
-    sums = (moments[0] + d * central,)
+    sums = (moments[0] + tl.sum(d * central, 1),)
     term = d * e
     for j in tl.static_range(1, 2 * N + 1):
         term = term * near
-        sums = sums + (moments[j] + term,)
+        if j < _BY_ROW:
+            sums = sums + (moments[j] + tl.sum(term, 1),)
+        else:
+            sums = sums + (moments[j] + term,)
     return e * p, e * p_slope + e_slope * p, sums
 
 
@@ -138,8 +144,11 @@ def nine_gradients(w, d, powers, moments, N: tl.constexpr):
 def zero_moments(N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """What ``nine_gradients`` starts from."""
     moments = ()
-    for _ in tl.static_range(2 * N + 1):
-        moments = moments + (tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32),)
+    for j in tl.static_range(2 * N + 1):
+        if j < _BY_ROW:
+            moments = moments + (tl.zeros((BLOCK_N,), dtype=tl.float32),)
+        else:
+            moments = moments + (tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32),)
     return moments
 
 
