@@ -20,7 +20,8 @@ from lrlora_ops.kernels._phi import cosine_below_sinc, locate, polynomial, sinc_
 NINE = 9
 # w^2 of the last w that the polynomial is for.
 _INNER = tl.constexpr(20.25)
-# What the powers of w are of where it is more, lest they overflow: E has 1 / w, and beyond it w (psi_k) is constant.
+# |w| counts as this at most in L_k and in the product below E, whose powers would overflow; their ratio, a polynomial
+# over another of its degree, no longer changes there.
 _MOST = tl.constexpr(1e4)
 # Moments that are summed over rows of a tile at once; those of the others, by place, take fewer instructions, and more
 # registers than there are for all of them.

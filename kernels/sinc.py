@@ -221,7 +221,7 @@ def _write_weight(
 ) -> None:
     if out.numel() == 0:
         return
-    weight = row_major(weight if weight.dim() == 3 else weight[None])
+    weight = _matrices(weight)
     num_experts, num_rows, num_cols = weight.shape
     rank = a.shape[0] // num_experts
     tile = tile_for("sinc_weight", padded_rank(rank), weight.dtype)
@@ -279,9 +279,7 @@ def sinc_gradients(
     d_b_partial = d_b.new_empty(num_experts * spans, width, num_rows)
     d_c_partial = d_c.new_zeros(num_experts * row_tiles * spans, block_c, 1)  # those without rows write nothing
     writes = weight is not None and rank_tiles == 1  # the programs of other slots would read what is written
-    frozen = (
-        row_major(weight if weight.dim() == 3 else weight[None]) if writes else m.view(num_experts, num_rows, num_cols)
-    )
+    frozen = _matrices(weight if writes else m)
     sinc_gradients_kernel[row_tiles, spans, num_experts * rank_tiles](
         m,
         frozen,
@@ -322,6 +320,11 @@ def sinc_gradients(
     if weight is not None and not writes:
         _write_weight(m, weight, a, b, c, grid, scaling, group_offsets)
     return d_a, d_b, d_c
+
+
+def _matrices(weight: Tensor) -> Tensor:
+    """``[E, N, K]`` with rows that a kernel can step along; a dense layer's is of one expert."""
+    return row_major(weight if weight.dim() == 3 else weight[None])
 
 
 def _owned(rank: int, group_offsets: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:

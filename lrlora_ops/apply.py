@@ -21,6 +21,7 @@ from lrlora_ops.methods import Method, SincUpdate
 from lrlora_ops.modules import SincLoRAExperts, SincLoRALinear, VariableRankLoRAExperts, VariableRankLoRALinear
 from lrlora_ops.modules._adapter import RankAdapter, replace_module, set_ranks, silence_dead, unique_tables
 from lrlora_ops.modules._interface import is_experts
+from lrlora_ops.modules._quantised import keep_differentiable
 from lrlora_ops.modules._sinc import SincPool
 
 
@@ -113,6 +114,7 @@ def apply_methods(
         silence_dead(own)
         _share_coefficients(chosen, {name: modules[name] for name in names})
     call_every_layer(model)
+    keep_differentiable(model)
     return Adapters(model, modules, served)
 
 

@@ -258,6 +258,33 @@ def test_weights_are_read_and_quantised_as_the_library_does(name):
         assert torch.equal(made(x), layer(x))  # and again, since bitsandbytes moves its scales in the first call
 
 
+@pytest.mark.parametrize("name", FOUR_BIT)
+def test_evaluation_packs_no_weight(name):
+    """On CPUs with AVX512-BF16 bitsandbytes packs what it evaluates, and a packed layer has no derivative."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    gradients = []
+    for evaluated in (False, True):
+        model = Net(name)
+        if evaluated:
+            for layer in (model.up, model.down):
+                layer.support_avx512bf16_for_cpu = True  # whatever this machine has
+                weight = layer.weight
+                weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(
+                    weight.data, weight.quant_state
+                )
+        adapters = apply_lora(model, FixedRank(3), "up")  # which is to train through the other layers
+        trained(model)
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(data(name))
+        model.train()(data(name)).float().square().mean().backward()
+        gradients.append(adapters.modules["up"].lora_A.grad[:3])
+        wanted = meaning(quantised(name, _quantised.linear(64, 64)))
+        for layer in (model.up.base_layer, model.down):
+            assert (dequantised(layer) - wanted).norm() <= 0.02 * wanted.norm()
+    assert (gradients[1] - gradients[0]).norm() <= 0.02 * gradients[0].norm()  # packing rounds the scales to bf16
+
+
 @each_kind
 def test_merge_where_the_weight_holds_the_update(name):
     """8 bits beside bf16 do; 4 bits, fp8, and whatever computes in fp32, do not."""
@@ -316,7 +343,7 @@ def stored(tmp_path_factory):
     """The directory of a small language model."""
     pytest.importorskip("accelerate")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
+    sizes = {"vocab_size": 40, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "pad_token_id": 0}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.1}
     config = transformers().AutoConfig.for_model("llama", **sizes, **heads)
     path = tmp_path_factory.mktemp("model")

@@ -58,7 +58,7 @@ class History:
             {
                 "history": VERSION,
                 **fields,
-                "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "started": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
                 "steps": self.steps,
                 "first_step": self.step,
                 "methods": [{"method": type(m).__name__, "settings": asdict(m)} for m, _ in self.adapters.methods],  # type: ignore[call-overload]

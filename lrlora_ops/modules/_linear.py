@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lrlora_ops.modules._adapter import ComponentPool, RankAdapter
 from lrlora_ops.modules._merge import check_merge
-from lrlora_ops.modules._quantised import ELSEWHERE, FLOATING
+from lrlora_ops.modules._quantised import ELSEWHERE, FLOATING, keep_differentiable
 
 Self = TypeVar("Self", bound="LinearAdapter")
 
@@ -50,6 +50,7 @@ class LinearAdapter(RankAdapter, ComponentPool):
         self._adopt(layer)
         self._add_adapter(in_features, out_features, device, dtype, *settings)
         layer.requires_grad_(False)
+        keep_differentiable(layer)
         return self
 
     def _adopt(self, layer: nn.Module) -> None:

@@ -38,6 +38,22 @@ def has_no_derivative(layer: nn.Module) -> bool:
     return type(getattr(layer, "weight", None)).__name__ == "Int4OpaqueTensor"
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Hold the 4-bit weights of bitsandbytes in the layout that they have on every machine.
+
+    On a CPU with AVX512-BF16 a layer's first forward in eval mode packs its weight for inference: it can no longer be
+    read, and from then on its product gives x no gradient. What is packed already is unpacked, by bitsandbytes itself.
+    """
+    for layer in model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        weight: Any = getattr(layer, "weight", None)
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
+
+            weight.data, weight.quant_state = unpacked(weight.data, weight.quant_state)
+
+
 @torch.no_grad()
 def merge_quantised(adapter: Any, layer: nn.Module) -> nn.Module:
     """A copy of the layer with the update in its weight, quantised again, checked against the adapter's forward.
