@@ -25,28 +25,23 @@ def low_rank_tile(
     z = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for r in range(0, rank, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
-        a, b = load_factors(a_ptr, b_ptr, rank, offs_r, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype)
+        a = load_factor(a_ptr, rank, offs_r, offs_k, mask_k, num_cols, dtype)
+        b = load_factor(b_ptr, rank, offs_r, offs_n, mask_n, num_rows, dtype)
         z = tl.dot(tl.trans(b), a, z, input_precision=PRECISION)
     return z
 
 
 @triton.jit
-def load_factors(
-    a_ptr,  # [R, K]
-    b_ptr,  # [R, N]
+def load_factor(
+    ptr,  # [R, size]
     rank,
     offs_r,
-    offs_n,
-    mask_n,
-    offs_k,
-    mask_k,
-    num_rows,
-    num_cols,
+    offs,
+    mask,
+    size,
     dtype: tl.constexpr,
 ):
-    """a ``[BLOCK_R, BLOCK_K]`` and b ``[BLOCK_R, BLOCK_N]`` in ``dtype``, zero beyond the rank."""
-    mask_r = offs_r < rank
+    """A tile ``[len(offs_r), len(offs)]`` of a or b in ``dtype``, zero beyond the rank."""
     rows = offs_r.to(tl.int64)[:, None]
-    a = tl.load(a_ptr + rows * num_cols + offs_k[None, :], mask=mask_r[:, None] & mask_k[None, :], other=0.0)
-    b = tl.load(b_ptr + rows * num_rows + offs_n[None, :], mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-    return a.to(dtype), b.to(dtype)
+    mask = (offs_r < rank)[:, None] & mask[None, :]
+    return tl.load(ptr + rows * size + offs[None, :], mask=mask, other=0.0).to(dtype)

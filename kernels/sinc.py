@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrlora_ops.kernels._configs import tile_for
-from lrlora_ops.kernels._low_rank import load_factors, low_rank_tile
+from lrlora_ops.kernels._low_rank import load_factor, low_rank_tile
 from lrlora_ops.kernels._phi import psi_gradients, psi_sum
 from lrlora_ops.kernels._phi_nine import (
     NINE,
@@ -145,11 +145,13 @@ def sinc_gradients_kernel(
     rows = offs_n.to(tl.int64)[:, None]
     first = tl.program_id(1) * SPAN * BLOCK_K
     dtype: tl.constexpr = m_ptr.dtype.element_ty
+    central = tl.load(c_ptr + REACH)
+    b = load_factor(b_ptr, rank, offs_r, offs_n, mask_n, num_rows, dtype)
 
     d_b = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     if IS_NINE:
         powers = power_coefficients(c_ptr, REACH)
-        sums = zero_moments(REACH, BLOCK_N, BLOCK_K)  # threads meet once, at the end
+        sums = zero_moments(REACH, BLOCK_N)  # threads meet once, at the end
     else:
         sums = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
     for start in range(first, tl.minimum(first + SPAN * BLOCK_K, num_cols), BLOCK_K):
@@ -157,23 +159,26 @@ def sinc_gradients_kernel(
         mask_k = offs_k < num_cols
         mask = mask_n[:, None] & mask_k[None, :]
         d = tl.load(m_ptr + rows * num_cols + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-        z = low_rank_tile(
-            a_ptr, b_ptr, rank, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype, PRECISION,
-            BLOCK_N, BLOCK_K, BLOCK_R,
-        )  # fmt: skip
+        a = load_factor(a_ptr, rank, offs_r, offs_k, mask_k, num_cols, dtype)
+        if WIDTH == BLOCK_R:
+            z = tl.dot(tl.trans(b), a, input_precision=PRECISION)
+        else:
+            z = low_rank_tile(
+                a_ptr, b_ptr, rank, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype, PRECISION,
+                BLOCK_N, BLOCK_K, BLOCK_R,
+            )  # fmt: skip
         w = z * inverse_grid
         if IS_NINE:
-            curve, slope, sums = nine_gradients(w, d, powers, sums, REACH)
+            curve, slope, sums = nine_gradients(w, d, powers, sums, REACH, BLOCK_N, BLOCK_K)
         else:
             curve, slope, sums = psi_gradients(w, d, c_ptr, REACH, sums, BLOCK_C)
         if WRITES:
             weight = tl.load(weight_ptr + rows * stride_wn + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-            moved = weight + scaling * (z - tl.load(c_ptr + REACH) + curve)
+            moved = weight + scaling * (z - central + curve)
             tl.debug_barrier()  # all of the tile's m have been read
             tl.store(m_ptr + rows * num_cols + offs_k[None, :], moved.to(dtype), mask=mask)
 
         d_z = (d + d * (slope * inverse_grid)).to(dtype)
-        a, b = load_factors(a_ptr, b_ptr, rank, offs_r, offs_n, mask_n, offs_k, mask_k, num_rows, num_cols, dtype)
         d_b = tl.dot(d_z, tl.trans(a), d_b, input_precision=PRECISION)
         d_a = tl.dot(tl.trans(d_z), tl.trans(b), input_precision=PRECISION)
         d_a_rows = (pid_n * WIDTH + offs_r)[None, :] * num_cols

@@ -43,9 +43,11 @@ def sinc_gemm(
         x_rows = _rows(x, row_index, rows).to(dtype)
         for part in _blocks(frozen):
             moved = sinc_weight(frozen[part], own_a, own_b[:, part], c, grid, scaling, dtype)
-            added = () if bias is None else (bias[expert, part].to(dtype),)  # within the product, rounded with it
             out = y[rows, part] if y.dtype == dtype else x_rows.new_empty(len(x_rows), len(moved))
-            (torch.addmm if added else torch.mm)(*added, x_rows, moved.t(), out=out)
+            if bias is None:
+                torch.mm(x_rows, moved.t(), out=out)
+            else:  # rounded once, with the product
+                torch.addmm(bias[expert, part].to(dtype), x_rows, moved.t(), out=out)
             if y.dtype != dtype:
                 y[rows, part] = out
     return y
