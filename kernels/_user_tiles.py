@@ -19,7 +19,7 @@ import torch
 import triton
 
 # Kernel, capacity of the rank (few or many rows for grouped_gemm), bytes of an element, bucket of rows per expert, and
-# the widths of the large operands.
+# the widths of the large operands; see ``_configs.tile_for`` for the sinc kernels.
 Key = tuple[str, int, int, int, tuple[int, ...]]
 Fields = tuple[int, int, int, int, int]  # of a Tile
 VARIABLE = "LRLORA_CACHE_DIR"
