@@ -67,13 +67,9 @@ def accumulating_cost(shape: Shape, rank: int, itemsize: int = 2) -> Cost:
 
 
 def sinc_passes_cost(shape: Shape, rank: int, itemsize: int = 2, *, backward: bool = True) -> Cost:
-    """SincUpdate's passes over the weight's elements.
-
-    Forward reads the weight and writes the one that is multiplied. Backward reads ``dy^T x`` and the weight, and writes
-    that again. The rank's products are Z each time, and those for d_a and d_b.
-    """
-    moved, products = (5, 4) if backward else (2, 1)
-    return Cost(itemsize * moved * shape.K * shape.N, 2 * rank * products * shape.K * shape.N)
+    """SincUpdate's passes over the weight's elements, see ``Layer.sinc_passes_cost``."""
+    cost = _layer(shape, itemsize).sinc_passes_cost(rank, backward)
+    return Cost(cost.bytes, cost.flops)
 
 
 def sinc_cost(shape: Shape, rank: int, itemsize: int = 2, *, backward: bool = True) -> Cost:
@@ -81,8 +77,8 @@ def sinc_cost(shape: Shape, rank: int, itemsize: int = 2, *, backward: bool = Tr
     cost = sinc_passes_cost(shape, rank, itemsize, backward=backward)
     if not backward:
         return cost
-    M, K, N = shape.M, shape.K, shape.N
-    return cost + Cost(itemsize * (M * K + M * N + K * N), 2 * M * K * N)
+    product = _layer(shape, itemsize).sinc_product_cost()
+    return cost + Cost(product.bytes, product.flops)
 
 
 def experts_passes_cost(layer: ExpertsShape, itemsize: int = 2, *, backward: bool = True) -> Cost:

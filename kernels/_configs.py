@@ -153,8 +153,9 @@ def tile_for(kernel: str, width: int, dtype: torch.dtype, rows_per_expert: int =
         kernel: Its name in ``CONFIGS``.
         width: Columns of U and V.
         dtype: Of the products.
-        rows_per_expert: On average. Tiles are tuned for each bucket of it, and for each of ``features``.
-        features: Widths of the large operands.
+        rows_per_expert: On average; of the sinc kernels, rows of a weight. Tiles are tuned for each bucket of it, and
+            for each of ``features``.
+        features: Widths of the large operands; of the sinc kernels, columns of a weight and the number of coefficients.
     """
     capacity = min(width, 128)
     shipped = CONFIGS[backend(), dtype.itemsize][kernel][capacity]

@@ -19,7 +19,7 @@ import torch
 import triton
 
 # Kernel, capacity of the rank (few or many rows for grouped_gemm), bytes of an element, bucket of rows per expert, and
-# the widths of the large operands.
+# the widths of the large operands; see ``_configs.tile_for`` for the sinc kernels.
 Key = tuple[str, int, int, int, tuple[int, ...]]
 Fields = tuple[int, int, int, int, int]  # of a Tile
 VARIABLE = "LRLORA_CACHE_DIR"
@@ -165,6 +165,6 @@ def _item(row: Mapping[str, Any]) -> tuple[Key, Fields]:
     m, n, r, warps, stages = row["tile"]
     powers = all(isinstance(side, int) and side >= 16 and side & (side - 1) == 0 for side in (m, n, r))
     # A grid divides the width of U by block_r, whose larger tiles would cover nothing.
-    if not powers or warps not in (4, 8) or stages not in range(1, 9) or (key[0] != "grouped_gemm" and r > key[1]):
+    if not powers or warps not in (2, 4, 8) or stages not in range(1, 9) or (key[0] != "grouped_gemm" and r > key[1]):
         raise ValueError(f"{row['tile']} is no tile of {key[0]}")
     return key, (m, n, r, warps, stages)

@@ -229,7 +229,7 @@ def _write_weight(
     weight = _matrices(weight)
     num_experts, num_rows, num_cols = weight.shape
     rank = a.shape[0] // num_experts
-    tile = tile_for("sinc_weight", padded_rank(rank), weight.dtype)
+    tile = tile_for("sinc_weight", padded_rank(rank), weight.dtype, num_rows, num_cols, len(c))
     sinc_weight_kernel[triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_cols, tile.block_n), num_experts](
         weight,
         a.contiguous(),
@@ -276,7 +276,7 @@ def sinc_gradients(
     num_experts, (num_rows, num_cols) = (1 if m.dim() == 2 else m.shape[0]), m.shape[-2:]
     rank = a.shape[0] // num_experts
     width = padded_rank(rank)
-    tile = tile_for("sinc_gradients", width, m.dtype)
+    tile = tile_for("sinc_gradients", width, m.dtype, num_rows, num_cols, len(c))
     span = triton.cdiv(_SPAN, tile.block_n)  # in tiles
     row_tiles, spans = triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_cols, tile.block_n * span)
     rank_tiles, block_c = triton.cdiv(width, tile.block_r), max(16, triton.next_power_of_2(len(c)))

@@ -255,13 +255,17 @@ def tune(
     rank: Annotated[int, typer.Option(help="The largest rank that a layer or an expert may have.")] = 16,
     targets: Annotated[list[str] | None, typer.Option(help="Layers, as names or globs. Default: all-linear.")] = None,
     dtype: Annotated[DtypeName, typer.Option(help="Of the model; auto is the config's own.")] = DtypeName.auto,
+    method: Annotated[
+        MethodName, typer.Option(help="sinc has kernels of its own; all others launch the same.")
+    ] = MethodName.fixed,
     again: Annotated[bool, typer.Option("--again", help="Also what has been tuned before.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Processes that compile. Default: the cores, at most 16.")] = None,
 ) -> None:
     """Find the fastest tiles of the kernels for a model's shapes on this machine's GPU, and keep them."""
     from lrlora_ops.finetune.tuned import TuneSettings, tune_model
 
-    tune_model(TuneSettings(model, tokens, rank, tuple(targets or ["all-linear"]), dtype.value, again, jobs), Console())
+    layers = (model, tokens, rank, tuple(targets or ["all-linear"]), dtype.value)
+    tune_model(TuneSettings(*layers, method.value, again, jobs), Console())
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

@@ -2,16 +2,19 @@
 
 Nothing here is measured. Bytes are those of fp32 adapters trained by AdamW: A and B, as much again for gradients, twice
 as much for the moments; and what autograd keeps for backward because of the adapters: ``u = x A^T`` and the layers'
-inputs, which a frozen layer alone does not need. Times are lower bounds: bytes that must move, or FLOPs that must be
-done, at the rates of a GPU.
+inputs, which a frozen layer alone does not need. A SincUpdate keeps no u, but needs a buffer of a weight's size, which
+one layer after another uses. Times are lower bounds: bytes that must move, or FLOPs that must be done, at the rates of
+a GPU.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 ADAPTER = 4  # bytes of an fp32 element
+COEFFICIENTS = 9  # SincUpdate's default, of each projection
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,31 @@ class Layer:
         whole = 2 * self.rows * weights + 3 * 2 * self.num_experts * rank * weights
         return Cost(cost.bytes + 4 * self.itemsize * self.num_experts * weights, cost.flops + whole)
 
+    def sinc_passes_cost(self, rank: float, backward: bool = True) -> Cost:
+        """SincUpdate's passes over the elements of the weights.
+
+        Forward reads the weights and writes those that are multiplied. Backward reads ``dy^T x`` and the weights, and
+        writes these again. The rank's products are Z each time, and those for dA and dB.
+        """
+        moved, products = (5, 4) if backward else (2, 1)
+        elements = self.num_experts * sum(k * n for k, n in self.projections)
+        return Cost(self.itemsize * moved * elements, 2 * rank * products * elements)
+
+    def sinc_product_cost(self) -> Cost:
+        """SincUpdate's third product, ``dy^T x`` in backward: it reads the rows' inputs and gradients once."""
+        moved = sum(inputs * k + outputs * n + self.num_experts * k * n for inputs, outputs, k, n in self._passes())
+        return Cost(self.itemsize * moved, 2 * self.rows * sum(k * n for k, n in self.projections))
+
+    def sinc_buffer_bytes(self, rank: float) -> float:
+        """Of a SincUpdate at work in backward: the weights of the largest projection, and partial sums in fp32.
+
+        These are of dA for each 64 rows of a weight (32 in fp32 beyond rank 32), of dB for each 512 columns.
+        """
+        slots = _rank_slots(rank)
+        rows = 32 if self.itemsize == 4 and slots > 32 else 64
+        of_an_element = self.itemsize + 4 * slots * (1 / rows + 1 / 512)
+        return self.num_experts * max(k * n for k, n in self.projections) * of_an_element
+
     def _passes(self) -> list[tuple[int, int, int, int]]:
         """Rows of input and of output in memory, K and N of each projection: tokens outside, routed rows within."""
         last = len(self.projections) - 1
@@ -119,17 +147,21 @@ class Layer:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that the adapters of some layers hold in a step; ``saved`` is for backward."""
+    """Bytes that the adapters of some layers hold in a step.
+
+    ``saved`` is for backward; ``buffer`` is of a weight that a layer at work makes, the largest of them.
+    """
 
     adapters: float
     gradients: float
     optimizer: float
     saved: float
+    buffer: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.adapters + self.gradients + self.optimizer + self.saved
+        return self.adapters + self.gradients + self.optimizer + self.saved + self.buffer
 
 
 def owned(layers: Sequence[Layer], mean_rank: float, max_rank: int) -> Held:
@@ -166,11 +198,23 @@ def peft(layers: Sequence[Layer], mean_rank: float, max_rank: int) -> Held:
     return _held(layers, mean_rank, saved)
 
 
+def sinc(layers: Sequence[Layer], mean_rank: float, max_rank: int) -> Held:
+    """SincUpdate with the mean rank everywhere, and coefficients for each projection.
+
+    From forward to backward it keeps the layers' inputs alone; its buffer is that of a GPU.
+    """
+    coefficients = COEFFICIENTS * sum(len(layer.projections) for layer in layers)
+    size = ADAPTER * (sum(layer.parameters(mean_rank) for layer in layers) + coefficients)
+    buffer = max((layer.sinc_buffer_bytes(mean_rank) for layer in layers), default=0.0)
+    return Held(size, size, 2 * size, _inputs(layers), buffer)
+
+
 ARMS: dict[str, Callable[[Sequence[Layer], float, int], Held]] = {
     "FixedRank, DynamicRank on experts": owned,
     "LearnedRank until its freeze": learning,
     "LoRA padded to the maximum": learning,
     "PEFT at the mean rank": peft,
+    "SincUpdate at the mean rank": sinc,
 }
 
 
@@ -183,6 +227,11 @@ def _inputs(layers: Sequence[Layer]) -> float:
     """Inputs of linear layers, each once; those of experts are kept by the frozen experts as well."""
     sizes = {x.source: x.tokens * x.projections[0][0] * x.itemsize for x in layers if not x.is_experts}
     return sum(sizes.values())
+
+
+def _rank_slots(rank: float) -> int:
+    """What the kernels pad a rank to: a power of two from 16 to 128, then a multiple of 128."""
+    return max(16, 1 << math.ceil(math.log2(max(rank, 1)))) if rank <= 128 else 128 * math.ceil(rank / 128)
 
 
 def _peft_saved(layer: Layer, rank: float) -> float:

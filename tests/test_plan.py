@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from unittest.mock import patch
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.floors import base_cost, lora_cost
+from benchmarks.floors import base_cost, lora_cost, sinc_cost, sinc_passes_cost
+from benchmarks.memory import peak_bytes
 from benchmarks.shapes import ExpertsShape, ProjectionShape, Shape
-from lrlora_ops import DynamicRank, FixedRank, LearnedRank, apply_lora
+from lrlora_ops import DynamicRank, FixedRank, LearnedRank, SincUpdate, apply_lora
 from lrlora_ops._storage import saved_bytes
 from lrlora_ops._targets import find_targets
-from lrlora_ops.plan import Cost, Gpu, Held, Layer, largest_rank, learning, owned, owned_at, peft
+from lrlora_ops.plan import Cost, Gpu, Held, Layer, largest_rank, learning, owned, owned_at, peft, sinc
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
@@ -95,6 +97,19 @@ def test_experts_by_hand():
     assert peft([MIXTURE], 16, 64).saved == 2 * (64 * 3 * 2048 * 1024 + 4096 * 3072 + 64 * 16 * 7168)
 
 
+def test_a_sinc_update_by_hand():
+    """Nine coefficients for each projection; the largest weight in bf16, and fp32 sums of dA and dB, once for all."""
+    held = sinc([LAYER, MIXTURE], 16, 64)
+    parameters = 16 * (4096 + 1024) + 64 * 16 * (2048 + 2048 + 1024 + 2048) + 3 * 9
+    assert (held.adapters, held.gradients, held.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
+    assert held.saved == 2 * 8192 * 4096
+    assert held.buffer == 64 * (2 * 2048 * 2048 + 4 * 16 * 2048 * (2048 // 64 + 2048 // 512))
+    assert held.total == 16 * parameters + held.saved + held.buffer
+    alone = sinc([LAYER, LAYER], 100, 100).buffer  # 128 slots
+    assert alone == 2 * 4096 * 1024 + 4 * 128 * (4096 * 1024 // 64 + 1024 * 4096 // 512)
+    assert sinc([], 16, 64).total == 0
+
+
 def test_ranks_that_differ_by_layer_are_held_layer_by_layer():
     held = owned_at([LAYER, MIXTURE], [16, 2.5], [99, 7])
     alone = owned([LAYER], 16, 99)
@@ -157,6 +172,27 @@ def test_what_peft_moves_on_top_by_hand():
     assert theirs.flops - ours.flops == 2 * 4096 * weights + 6 * 64 * 16 * weights
 
 
+@pytest.mark.parametrize("rank", [0, 1, 16])
+def test_what_a_sinc_update_adds_by_hand(rank):
+    """A product as large as the forward's, five passes over the weight, four products of the rank."""
+    m, k, n = 8192, 4096, 1024
+    product, passes = (2 * (m * k + m * n + k * n), 2 * m * k * n), (2 * 5 * k * n, 4 * 2 * rank * k * n)
+    assert_costs(LAYER.sinc_product_cost(), *product)
+    assert_costs(LAYER.sinc_passes_cost(rank), *passes)
+    assert_costs(LAYER.sinc_passes_cost(rank, backward=False), 2 * 2 * k * n, 2 * rank * k * n)
+    shape = Shape("8B", "k_proj", m, k, n)
+    assert_costs(sinc_passes_cost(shape, rank), *passes)
+    assert_costs(sinc_cost(shape, rank), product[0] + passes[0], product[1] + passes[1])
+
+
+def test_what_a_sinc_update_of_experts_adds_by_hand():
+    """Tokens are read and written outside of the projections, routed rows between them."""
+    t, rows, k, n, e = 512, 4096, 2048, 1024, 64
+    moved = t * k + rows * 2 * n + rows * n + t * k + e * 3 * k * n
+    assert_costs(MIXTURE.sinc_product_cost(), 2 * moved, 2 * rows * 3 * k * n)
+    assert_costs(MIXTURE.sinc_passes_cost(16), 2 * 5 * e * 3 * k * n, 4 * 2 * 16 * e * 3 * k * n)
+
+
 def test_milliseconds_are_the_longer_of_both():
     assert Cost(2e9, 1e12).milliseconds(Gpu(1e12, 1e15)) == 2.0
     assert Cost(2e9, 4e12).milliseconds(Gpu(1e12, 1e15)) == 4.0
@@ -172,6 +208,46 @@ def test_linear_layers_hold_what_is_planned(targets):
     model = on_meta()
     learned = counted(model, apply_lora(model, LearnedRank(5, 7), targets).parameters(), base)
     assert learned == learning(layers, 5, 7)
+
+
+def test_a_sinc_update_holds_what_is_planned():
+    """But for the coefficients in units of z, which are 36 bytes for each of 14 layers."""
+    layers, base, model = traced("all-linear").layers, base_of(), on_meta()
+    held = counted(model, apply_lora(model, SincUpdate(5), "all-linear").parameters(), base)
+    assert held == replace(sinc(layers, 5, 7), saved=sinc(layers, 5, 7).saved + 14 * 9 * 4, buffer=0)
+
+
+def test_a_sinc_update_of_experts_holds_no_more_than_is_planned():
+    layers, base, model = traced("experts", experts=True).layers, base_of(experts=True), on_meta(experts=True)
+    held = counted(model, apply_lora(model, SincUpdate(3), "experts").parameters(), base)
+    plan = sinc(layers, 3, 3)
+    assert (held.adapters, held.gradients, held.optimizer) == (plan.adapters, plan.gradients, plan.optimizer)
+    indices = 8 * (2 * 2 * TOKENS * 4 + 4 * 6 + 8)  # as below
+    assert held.saved <= indices
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+@pytest.mark.parametrize(
+    "rank, dtype",
+    [(5, torch.bfloat16), (64, torch.bfloat16), (130, torch.bfloat16), (32, torch.float32), (64, torch.float32)],
+)
+def test_the_buffer_is_what_a_backward_pass_allocates(rank, dtype, experts, monkeypatch):
+    """Of weights 1024 x 512 and a row for each expert; the kernels themselves are left out."""
+    pytest.importorskip("triton")
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from lrlora_ops.ops._backends import launcher
+
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *_, **__: None)
+    n, k = 1024, 512
+    x, dy = torch.ones(experts, k, dtype=dtype), torch.ones(experts, n, dtype=dtype)
+    a, b, weight = torch.ones(experts * rank, k), torch.ones(experts * rank, n), dy.new_ones(experts, n, k)
+    offsets = torch.arange(experts + 1, dtype=torch.int32) if experts > 1 else None
+    given = (dy, x, weight, False, offsets, None, None, None, a, b, torch.ones(9), 0.1, 1.0, dtype, True, True)
+    found = peak_bytes(lambda: launcher("sinc_gemm_backward")(*given), torch.device("cpu"))
+    planned = Layer("", experts, ((k, n),), experts, experts, dtype.itemsize, 0).sinc_buffer_bytes(rank)
+    results = a.nbytes + b.nbytes
+    assert planned <= found - results <= 1.02 * planned
 
 
 def test_experts_hold_no_more_than_is_planned():

@@ -24,6 +24,7 @@ from lrlora_ops.cli import app
 from lrlora_ops.finetune import tuned
 from lrlora_ops.finetune.environment import environment
 from lrlora_ops.finetune.errors import CommandError
+from lrlora_ops.methods import FixedRank, SincUpdate
 from lrlora_ops.ops import _backends
 from lrlora_ops.tuning import search as searching
 from lrlora_ops.tuning.calls import Call
@@ -91,15 +92,24 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def calls(model):
+def calls_with(method, model):
     """Of a training step of each kind of layer, with the keys of the tiles that each asks for."""
     layers = tuned.distinct_layers(model, ("q_proj", "experts"), TOKENS, "auto")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(_backends._BY_DEVICE, "cpu", "triton")
-        made = [call for module, layer in layers for call in tuned.layer_calls(module, layer, RANK, CPU)]
+        made = [call for module, layer in layers for call in tuned.layer_calls(module, layer, method, CPU)]
         patch.setattr(InterpretedFunction, "run", lambda *_, **__: None)  # what is asked for is known without a launch
         return [(call, call.keys()) for call in made]
+
+
+@pytest.fixture(scope="module")
+def calls(model):
+    return calls_with(FixedRank(RANK), model)
+
+
+@pytest.fixture(scope="module")
+def sinc_calls(model):
+    return calls_with(SincUpdate(RANK), model)
 
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
@@ -139,8 +149,9 @@ def test_the_fastest_of_what_fits_wins():
     assert result.shipped_seconds == pytest.approx(2.192)
 
 
-# A SincLoRALinear is none of a model's layers that are tuned for.
-TUNED = {*configs._CUDA, "grouped_gemm"} - {"sinc_weight", "sinc_gradients"}
+# A SincUpdate's weights are moved by kernels of their own; the products are the base's, and of experts gram's.
+SINC = {"sinc_weight", "sinc_gradients"}
+TUNED = {*configs._CUDA, "grouped_gemm"} - SINC
 
 
 def test_a_step_asks_for_every_kernel_that_has_tiles(calls):
@@ -153,8 +164,21 @@ def test_a_step_asks_for_every_kernel_that_has_tiles(calls):
     assert all(tile == shipped_for(key) for key, tile in keys.items())
 
 
-def test_a_call_can_be_made_again_with_any_tile(calls):
-    """Smallest and largest blocks compute what the shipped tile does, also from counters that a call has used up."""
+def test_a_step_of_sinc_updates_asks_for_their_kernels(sinc_calls):
+    """Each of them by itself, for a weight; and for the products of experts."""
+    keys = {key: tile for _, found in sinc_calls for key, tile in found.items()}
+    assert {key[0] for key in keys} == {*SINC, "gram", "grouped_gemm"}
+    # q_proj [24, 24], gate_up_proj [3, 32, 24], down_proj [3, 24, 16]; nine coefficients.
+    for kernel in SINC:
+        shapes = {(16, 24), (32, 24), (16, 16)}  # rows as many as from there on, columns
+        assert {(rows, columns) for name, _, _, rows, (columns, *_) in keys if name == kernel} == shapes
+        assert all(key[1:3] == (16, 4) and key[4][1] == 9 for key in keys if key[0] == kernel)
+        assert [call.primitive for call, found in sinc_calls for key in found if key[0] == kernel] == [kernel] * 3
+    assert all(tile == shipped_for(key) for key, tile in keys.items())
+
+
+def assert_tiles_agree(calls):
+    """Smallest and largest blocks compute what the shipped tile does; returns the kernels for which that was seen."""
     checked = set()
     for call, keys in calls:
         for key, shipped in keys.items():
@@ -169,7 +193,70 @@ def test_a_call_can_be_made_again_with_any_tile(calls):
                     assert agree(call.results(), expected), (key, tile)
             assert not agree([result * 1.001 for result in expected], expected)
             assert not agree([result * float("nan") for result in expected], expected)
-    assert checked == TUNED
+    return checked
+
+
+def test_a_call_can_be_made_again_with_any_tile(calls):
+    """Also from counters that a call has used up."""
+    assert assert_tiles_agree(calls) == TUNED
+
+
+def test_a_sinc_call_can_be_made_again_with_any_tile(sinc_calls):
+    """Also from an m that a call has written a weight over."""
+    assert assert_tiles_agree(sinc_calls) == SINC
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_called_alone_is_what_the_product_calls(transposed):
+    """The same weight, from the same factors; of ``dy^T x``, the same gradients and the weight in its place."""
+    n, k, rank = 24, 40, 3
+    sizes = {"a": (rank, k), "b": (rank, n), "weight": (1, k, n) if transposed else (1, n, k), "c": (9,)}
+    given = {name: torch.randn(size) for name, size in sizes.items()}
+    given |= {"transposed": transposed, "group_offsets": None, "grid": 1.0, "scaling": 2.0, "dtype": torch.float32}
+    x, dy = torch.randn(7, k), torch.randn(7, n)
+    call = Call("sinc_gemm", {"x": x, "bias": None, "row_index": None, **given})
+    (part,) = call.alone()
+    moved = part.results()[0][0]
+    torch.testing.assert_close(call.results()[0], x @ (moved if transposed else moved.t()))
+
+    indices = dict.fromkeys(("dy_index", "x_index", "row_weights"))
+    backward = Call(
+        "sinc_gemm_backward", {"dy": dy, "x": x, "needs_rows": True, "needs_low_rank": True, **indices, **given}
+    )
+    (part,) = backward.alone()
+    m = (x.t() @ dy if transposed else dy.t() @ x)[None]
+    part.arguments["m"] = m.clone()
+    *gradients, weight = part.results()
+    _, d_a, d_b, d_c = backward.results()
+    for found, expected in zip(gradients, (d_b, d_a, d_c) if transposed else (d_a, d_b, d_c), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weight[0], moved)
+    assert torch.equal(part.arguments["m"], m)
+    assert part.alone() == []
+
+
+def test_weights_that_are_called_alone_are_all_set(poison):
+    """Where a step leaves an expert without rows, its weight could not be compared."""
+    given = {"weight": torch.randn(2, 24, 40), "a": torch.randn(6, 40), "b": torch.randn(6, 24), "c": torch.randn(9)}
+    given |= {"transposed": False, "group_offsets": torch.tensor([0, 0, 7], dtype=torch.int32), "row_index": None}
+    given |= {"x": torch.randn(7, 40), "bias": None, "grid": 1.0, "scaling": 2.0, "dtype": torch.float32}
+    call = Call("sinc_gemm", given)
+    (part,) = call.alone()
+    assert part.results()[0].isfinite().all()
+    with configs.asked() as found:
+        call()
+    assert part.keys() | call.keys() == found
+
+
+def test_sums_of_rounded_products_are_compared_as_such():
+    """Backward makes m in the products' dtype: where the order of sums moves an ulp of it, the gradients follow."""
+    given = {name: torch.randn(size).bfloat16() for name, size in {"dy": (7, 24), "x": (7, 40)}.items()}
+    given |= {"weight": torch.randn(1, 24, 40).bfloat16(), "transposed": False, "grid": 1.0, "scaling": 2.0}
+    given |= dict.fromkeys(("group_offsets", "dy_index", "x_index", "row_weights"))
+    given |= {"a": torch.randn(3, 40), "b": torch.randn(3, 24), "c": torch.randn(9), "dtype": torch.bfloat16}
+    call = Call("sinc_gemm_backward", {**given, "needs_rows": True, "needs_low_rank": True})
+    assert {result.dtype for result in call.results()} == {torch.bfloat16}
+    assert [result.dtype for result in call.alone()[0].results()] == [torch.float32] * 3 + [torch.bfloat16]
 
 
 def test_a_pinned_tile_is_what_its_key_gets():
@@ -185,13 +272,23 @@ def test_a_pinned_tile_is_what_its_key_gets():
     assert configs.tile_for("shrink", 16, dtype, 512, 4096) == shipped
 
 
-def test_the_command(model, tmp_path, monkeypatch):
-    """On a fake GPU: what is found is kept at once and taken, and a second run does the rest."""
+@pytest.fixture
+def a_gpu(tmp_path, monkeypatch):
+    """A machine with the fake one, and no tiles yet."""
     monkeypatch.setitem(_backends._BY_DEVICE, "cpu", "triton")
     monkeypatch.setenv(user_tiles.VARIABLE, str(tmp_path))
     monkeypatch.setattr(tuned, "_require_gpu", lambda: None)
+    monkeypatch.setattr(tuned, "Gpu", lambda _: FakeGpu())
     for module in (configs, tuned):
         monkeypatch.setattr(module, "device_name", lambda: "A GPU")
+    configs.user_tiles.cache_clear()
+    yield
+    monkeypatch.undo()
+    configs.user_tiles.cache_clear()
+
+
+def test_the_command(model, a_gpu, monkeypatch):
+    """On a fake GPU: what is found is kept at once and taken, and a second run does the rest."""
     command = ["tune", str(model), "--tokens", str(TOKENS), "--rank", "4", "--targets", "q_proj"]
 
     monkeypatch.setattr(tuned, "Gpu", lambda _: FakeGpu(patience=2))
@@ -214,7 +311,20 @@ def test_the_command(model, tmp_path, monkeypatch):
     monkeypatch.setattr(tuned, "layer_calls", lambda *_: [known])
     assert "nothing is left to tune" in CliRunner().invoke(app, command).output
     assert "4 tiles tuned" in CliRunner().invoke(app, [*command, "--again"]).output
+
+
+def test_the_command_for_a_sinc_update(model, a_gpu):
+    """The tiles are for its number of coefficients."""
+    command = ["tune", str(model), "--tokens", str(TOKENS), "--rank", "4", "--targets", "q_proj", "--method", "sinc"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "2 tiles tuned, 2 of them other than shipped" in result.output
+    words = "(rank to 16, 16+ rows, 24 columns, 9 coefficients, 4 bytes): 32x16x16, 4 warps, 3 stages"
+    assert all(f"{kernel} {words}" in result.output for kernel in SINC)
     configs.user_tiles.cache_clear()
+    of_nine, of_eleven = (configs.tile_for("sinc_weight", 16, torch.float32, 24, 24, count) for count in (9, 11))
+    assert of_nine == configs.Tile(32, 16, 16, 4, 3)
+    assert of_eleven == shipped_for(("sinc_weight", 16, 4))
 
 
 def load():

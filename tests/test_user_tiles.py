@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import shutil
 import warnings
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +73,14 @@ def test_what_is_kept_is_what_the_launchers_take(here):
     many = [configs.tile_for("expand", 64, BF16, rows, 512).block_n for rows in (1023, 1024, 1 << 20)]
     assert many == [shipped["expand"][64].block_n, 64, 64] != [64, 64, 64]
     assert configs.tables_in_use() == "3 of lrlora tune, then shipped"
+
+
+def test_every_shipped_tile_can_be_kept(here):
+    """On AMD some have two warps."""
+    for (_, itemsize), table in configs.CONFIGS.items():
+        tiles = {(name, r, itemsize, 1, ()): astuple(tile) for name, own in table.items() for r, tile in own.items()}
+        user_tiles.save(DEVICE, here, tiles)
+        assert tiles.items() <= user_tiles.load(DEVICE, here).items()
 
 
 def test_own_tiles_go_before_measured_ones_before_shipped_ones(here, monkeypatch):

@@ -160,13 +160,15 @@ def memory_table(layers: Sequence[Layer], settings: PlanSettings) -> Table:
 def time_table(layers: Sequence[Layer], settings: PlanSettings, gpu: Gpu) -> Table:
     """Floors of a step of each kind of layer, the frozen products and what adapters add to them."""
     mean, most = settings.mean_rank, settings.max_rank
-    table = _table("ms in a step, at the least", "layers", "frozen", "+ adapters", "+ padded to max", "+ PEFT at mean")
+    added = ("+ adapters", "+ padded to max", "+ PEFT at mean", "+ SincUpdate at mean")
+    table = _table("ms in a step, at the least", "layers", "frozen", *added)
     for kind, members in by_kind(layers).items():
         costs = (
             [layer.base_cost() for layer in members],
             [layer.lora_cost(mean) for layer in members],
             [layer.lora_cost(most) for layer in members],
             [layer.peft_cost(mean) for layer in members],
+            [cost for layer in members for cost in (layer.sinc_product_cost(), layer.sinc_passes_cost(mean))],
         )
         table.add_row(kind, *(f"{sum(cost.milliseconds(gpu) for cost in arm):,.2f}" for arm in costs))
     return table
@@ -182,10 +184,10 @@ def _table(title: str, first: str, *columns: str) -> Table:
 
 def arms_table(layers: Sequence[Layer], settings: PlanSettings) -> Table:
     """What all adapters hold, by how their ranks are held."""
-    table = _table("GB held by all adapters", "adapters", "A, B", "grads", "AdamW", "saved", "sum")
+    table = _table("GB held by all adapters", "adapters", "A, B", "grads", "AdamW", "saved", "buffer", "sum")
     for name, arm in ARMS.items():
         held = arm(layers, settings.mean_rank, settings.max_rank)
-        sizes = (held.adapters, held.gradients, held.optimizer, held.saved, held.total)
+        sizes = (held.adapters, held.gradients, held.optimizer, held.saved, held.buffer, held.total)
         table.add_row(name, *map(_gb, sizes))
     return table
 

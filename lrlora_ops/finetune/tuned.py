@@ -16,6 +16,7 @@ from torch import nn
 from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.finetune.planned import distinct_layers
 from lrlora_ops.finetune.speed import usable_cores
+from lrlora_ops.methods import FixedRank, Method, SincUpdate
 from lrlora_ops.plan import Layer
 
 if find_spec("triton"):
@@ -40,6 +41,7 @@ class TuneSettings:
     rank: int
     targets: tuple[str, ...]
     dtype: str
+    method: str = "fixed"
     again: bool = False
     jobs: int | None = None
 
@@ -47,6 +49,10 @@ class TuneSettings:
         for name, value, least in (("tokens", self.tokens, 2), ("rank", self.rank, 1), ("jobs", self.jobs, 1)):
             if value is not None and value < least:
                 raise CommandError(f"--{name} is {value}; it must be at least {least}")
+
+    def adapter(self) -> Method:
+        """A method that launches what theirs does: a SincUpdate's kernels are its own, all others have the same."""
+        return SincUpdate(self.rank) if self.method == "sinc" else FixedRank(self.rank)
 
 
 def tune_model(settings: TuneSettings, console: Console) -> None:
@@ -76,7 +82,7 @@ def tune_model(settings: TuneSettings, console: Console) -> None:
 
     try:
         with Gpu(settings.jobs or min(usable_cores(), _MOST_JOBS)) as gpu:
-            tuned = tune_layers(layers, settings.rank, gpu.device, gpu, known, found)
+            tuned = tune_layers(layers, settings.adapter(), gpu.device, gpu, known, found)
     except torch.OutOfMemoryError as error:
         raise CommandError("the GPU's memory is full: lower --tokens; what was found so far is kept") from error
     console.print(
@@ -90,7 +96,7 @@ def tune_model(settings: TuneSettings, console: Console) -> None:
 
 def tune_layers(
     layers: Iterable[tuple[nn.Module, Layer]],
-    rank: int,
+    method: Method,
     device: torch.device,
     judge: Judge,
     known: Iterable[_user_tiles.Key],
@@ -100,7 +106,7 @@ def tune_layers(
 
     Args:
         layers: Modules, which may be on the meta device, and their sizes.
-        rank: Of every layer and expert.
+        method: Of every layer.
         device: Where the layers run.
         judge: What fits, and how long it takes.
         known: What is not searched again.
@@ -117,9 +123,9 @@ def tune_layers(
     for module, layer in layers:
         asking: dict[_user_tiles.Key, tuple[Tile, list[Call]]] = {}
         try:
-            calls = layer_calls(module, layer, rank, device)
+            calls = layer_calls(module, layer, method, device)
         except ValueError as error:
-            raise CommandError(f"{layer.name} cannot have an adapter of rank {rank}: {error}") from error
+            raise CommandError(f"{layer.name} cannot have an adapter of rank {method.max_rank}: {error}") from error
         for call in calls:
             for key, shipped in call.keys().items():
                 asking.setdefault(key, (shipped, []))[1].append(call)
@@ -133,7 +139,10 @@ def tune_layers(
 def described(key: _user_tiles.Key, result: Found) -> str:
     """A key's result in a line."""
     kernel, capacity, itemsize, rows, features = key
-    where = f"{rows}+ rows, {'x'.join(map(str, features))}, {itemsize} bytes"
+    widths = "x".join(map(str, features))
+    if kernel in ("sinc_weight", "sinc_gradients"):
+        widths = "{} columns, {} coefficients".format(*features)
+    where = f"{rows}+ rows, {widths}, {itemsize} bytes"
     if kernel != "grouped_gemm":
         where = f"rank to {capacity}, {where}"
     tile = result.tile
