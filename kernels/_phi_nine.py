@@ -77,7 +77,8 @@ def _excess(n: int) -> Polynomial:
 # For each n.
 _POWERS = tl.constexpr(tuple(map(_powers, range(5))))
 _FAR, _FAR_SLOPE, _EXCESS = (
-    tl.constexpr(tuple(tuple(map(float, make(n).coef)) for n in range(5))) for make in (_far_product, _far_slope, _excess)
+    tl.constexpr(tuple(tuple(map(float, make(n).coef)) for n in range(5)))
+    for make in (_far_product, _far_slope, _excess)
 )
 
 
@@ -190,7 +191,7 @@ def nine_gradients(w, d, powers, moments, N: tl.constexpr, BLOCK_N: tl.constexpr
 
 @triton.jit
 def _by_lane(x, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """``[BLOCK_N, 4]``: of each row the sums of those columns that a thread has of a product on NVIDIA's tensor cores."""
+    """``[BLOCK_N, 4]``: of each row the sums of the columns that a thread has of what NVIDIA's tensor cores compute."""
     columns = tl.reshape(x, (BLOCK_N, BLOCK_K // 8, 4, 2))
     return tl.sum(tl.sum(columns, 3), 1)
 
