@@ -53,11 +53,11 @@ def shared_bytes(key: Key, tile: Tile) -> int:
 def accumulators(key: Key, tile: Tile) -> float:
     """fp32 registers per thread for the sums of a tile, of 32 threads in a warp.
 
-    Beside those of d_b, sinc_gradients has nine moments: three for each element, six for each row.
+    Beside those of d_b, sinc_gradients has nine moments, each of four sums for a row.
     """
     along_rows = ("shrink", "shrink_gram", "gated_shrink", "gated_shrink_backward")
     sides = dict.fromkeys(along_rows, (tile.block_m, tile.block_r))
     sides |= dict.fromkeys(("gram", "adapter_gradients"), (tile.block_n, tile.block_r))
-    sides["sinc_gradients"] = (tile.block_m, tile.block_r + 3 * tile.block_n + 6)
+    sides["sinc_gradients"] = (tile.block_m, tile.block_r + 9 * 4)
     m, n = sides.get(key[0], (tile.block_m, tile.block_n))
     return m * n / (32 * tile.num_warps)
