@@ -6,6 +6,7 @@ see unchanged, and with a zero row of ``b`` it leaves the output bit-identical. 
 of its segment are dead: they stand for the expert's first component, and whoever multiplies has zeros for them.
 
 Tensors are cut into the parts of all experts at once: for an expert with few rows a call takes as long as a product.
+Pool rows that follow each other are not gathered either.
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,17 @@ def segments_of(rank: int, max_rank: int) -> list[slice]:
         segments.append(slice(low, high))
         low, high = high, min(2 * high, max_rank)
     return segments
+
+
+def runs(index: Tensor, sizes: list[int]) -> list[int | None]:
+    """Of each part of ``index``, of these sizes above 0: its first number if it counts up from there, else None."""
+    if not sizes:
+        return []
+    ends = torch.tensor(sizes).cumsum(0)
+    firsts = ends - torch.tensor(sizes)
+    breaks = F.pad((index.diff() != 1).cumsum(0), (1, 0))
+    is_run = (breaks[ends - 1] == breaks[firsts]).tolist()
+    return [first if whole else None for first, whole in zip(index[firsts].tolist(), is_run, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Same names, arguments and meanings as the launchers in ``kernels/``. The rank is
 on a CPU, and dead components are skipped. Each function is a custom op, so that a changed rank is invisible to
 ``torch.compile``.
 
-Where the CPU has no instructions for half precision, rows are widened to fp32 in blocks that stay in a core's cache.
+Where the CPU is no faster in half precision, rows are widened to fp32 in blocks that stay in a core's cache.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrlora_ops._live import Expert, Work, find_work
+from lrlora_ops._live import Expert, Work, find_work, runs
 from lrlora_ops._sinc import sinc_gradients, sinc_weight  # noqa: F401
 from lrlora_ops._sinc_gemm import sinc_gemm, sinc_gemm_backward  # noqa: F401
 
@@ -26,7 +26,8 @@ _REUSED_ROWS = 512
 _WEIGHT_ELEMENTS, _WIDENED_ROWS = 2**22, 32
 # torch.cpu.get_capabilities is younger than the oldest torch that is supported.
 _CPU: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-_MULTIPLIES_BF16 = any(_CPU.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+# Not avx512_bf16: with that alone a Xeon of 2023 multiplies half as fast as in fp32.
+_MULTIPLIES_BF16 = any(_CPU.get(name) for name in ("amx_bf16", "bf16"))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -67,18 +68,23 @@ class _Rows:
 
 
 class _Pool:
-    """The pool rows of each expert's segments, gathered when they are asked for, unless they lie together."""
+    """The pool rows of each expert's segments; gathered, when they are asked for, unless they follow each other."""
 
     def __init__(self, pool: Tensor, work: Work, components: Tensor | None, compute: torch.dtype) -> None:
-        self.pool, self.compute, self.gathers = pool, compute, not work.lie_together(components)
-        rows = work.pool_index(components) if self.gathers else work.of_slots(pool, components)
-        self.parts = torch.split_with_sizes(rows, work.widths)
+        self.pool, self.compute = pool, compute
+        index = work.pool_index(components)
+        starts, parts = runs(index, work.widths), torch.split_with_sizes(index, work.widths)
+        self.parts = [
+            part if start is None else slice(start, start + width)
+            for start, part, width in zip(starts, parts, work.widths, strict=True)
+        ]
 
     def __getitem__(self, expert: Expert) -> list[Tensor]:
-        segments = [self.parts[piece] for piece in expert.pieces]
-        if self.gathers:
-            segments = [self.pool.index_select(0, index) for index in segments]
-        return segments if self.pool.dtype == self.compute else [rows.to(self.compute) for rows in segments]
+        return [self._rows(self.parts[piece]) for piece in expert.pieces]
+
+    def _rows(self, part: Tensor | slice) -> Tensor:
+        rows = self.pool[part] if isinstance(part, slice) else self.pool.index_select(0, part)
+        return rows if rows.dtype == self.compute else rows.to(self.compute)
 
 
 def _gated(
@@ -202,11 +208,12 @@ def gram(
 
 def _totals(d: Tensor, work: Work, components: Tensor | None, compute: torch.dtype) -> Iterator[tuple[Expert, Tensor]]:
     """Each ranked expert with zeros ``[rank, N]`` to sum its rows of d in; they are in d once the next is asked for."""
-    if work.lie_together(components) and d.dtype == compute:
-        yield from ((expert, d[: expert.rank]) for expert in work.ranked)
-        return
-    index = torch.split_with_sizes(work.live_index(components), [expert.rank for expert in work.ranked])
-    for expert, own in zip(work.ranked, index, strict=True):
+    ranks, index = [expert.rank for expert in work.ranked], work.live_index(components)
+    parts = zip(work.ranked, runs(index, ranks), torch.split_with_sizes(index, ranks), strict=True)
+    for expert, start, own in parts:
+        if start is not None and d.dtype == compute:
+            yield expert, d[start : start + expert.rank]
+            continue
         total = d.new_zeros(expert.rank, d.shape[1], dtype=compute)
         yield expert, total
         d.index_copy_(0, own, total.to(d.dtype))

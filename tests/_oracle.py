@@ -20,7 +20,10 @@ _UNREADABLE = 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one call: dense without ``group_sizes``; rows beyond their sum belong to no expert."""
+    """Sizes of one call: dense without ``group_sizes``; rows beyond their sum belong to no expert.
+
+    Experts own pool rows from anywhere, or ``in_order``.
+    """
 
     ranks: tuple[int, ...]
     max_rank: int
@@ -29,6 +32,7 @@ class Case:
     out_features: int
     group_sizes: tuple[int, ...] | None = None
     gather: bool = False
+    in_order: bool = False
 
 
 @dataclass
@@ -87,7 +91,7 @@ def make_inputs(
     live = sum(case.ranks)
     pool_size = case.max_rank if case.group_sizes is None else live + 3
     order = torch.arange(pool_size, device=device)
-    if case.group_sizes is not None:
+    if case.group_sizes is not None and not case.in_order:
         order = torch.randperm(pool_size, generator=generator, device=device)
     own = list(order[:live].split(list(case.ranks)))
     experts = [(slice(end - size, end), rows) for end, size, rows in zip(ends, sizes, own, strict=True)]

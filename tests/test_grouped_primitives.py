@@ -20,7 +20,7 @@ from tests._oracle import Case as RankedCase
 from tests._oracle import Inputs, assert_parity, assert_within_budget, bits, expected_expand, expected_shrink_gram
 from tests.test_addresses import COLUMNS, FAR, ROWS, far, whole_numbers
 from tests.test_primitives import CASES as RANKED_CASES
-from tests.test_primitives import EAGER, TRITON, check_dead_rows, setup, triton_shrink_gram
+from tests.test_primitives import EAGER, TRITON, check_all, check_dead_rows, setup, triton_shrink_gram
 from tests.test_primitives_contract import DEVICES, OPS
 
 combine_module, gemm_module = (
@@ -167,6 +167,17 @@ def check_gemm_with_low_rank(ops, case: RankedCase, ranked: Inputs) -> None:
 @pytest.mark.parametrize("case", RANKED_CASES.values(), ids=RANKED_CASES.keys())
 def test_grouped_gemm_with_a_low_rank_product(case, backend, dtype):
     ops, inputs = setup(case, backend, dtype)
+    check_gemm_with_low_rank(ops, case, inputs)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("name", ["ragged", "dense gather", "rows of no expert", "experts of two rank tiles"])
+def test_bf16_on_either_kind_of_cpu(name, native, monkeypatch):
+    """One that multiplies bf16 itself, and one that is as fast in fp32."""
+    monkeypatch.setattr(OPS["eager"], "_MULTIPLIES_BF16", native)
+    case = RANKED_CASES[name]
+    ops, inputs = setup(case, "eager", torch.bfloat16)
+    check_all(ops, inputs, case.max_rank, torch.bfloat16)
     check_gemm_with_low_rank(ops, case, inputs)
 
 

@@ -56,6 +56,7 @@ CASES = {
     "rows of no expert": Case((2, 0, 4), 4, 83, 40, 24, group_sizes=(3, 5, 66), gather=True),
     "no expert has rows": Case((3, 4), 4, 6, 40, 24, group_sizes=(0, 0)),
     "one expert": Case((3,), 4, 70, 40, 24, group_sizes=(66,)),
+    "pool rows in order": Case((16, 5, 40), 40, 72, 40, 24, group_sizes=(7, 1, 64), in_order=True),
     "experts of two rank tiles": Case((130, 3), 140, 10, 20, 24, group_sizes=(4, 6), gather=True),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lrlora_ops import eager
+from lrlora_ops._live import runs
 from tests._oracle import SCALING, Case, bits, make_inputs
 
 triton_ops = importlib.import_module("lrlora_ops.kernels.primitives")
@@ -121,6 +122,12 @@ def test_growth_of_an_expert_changes_no_bit(dtype):
     before = output([4, 20])
     for rank in range(5, 21):
         assert torch.equal(output([rank, 20]), before), f"rank 4 -> {rank}"
+
+
+def test_runs():
+    index = torch.tensor([3, 4, 5, 9, 8, 7, 0, 1])
+    assert runs(index, [3, 1, 2, 2]) == [3, 9, None, 0]
+    assert runs(index[:0], []) == []
 
 
 def test_dead_segments_are_not_computed():
