@@ -52,7 +52,7 @@ class SincFunction(torch.autograd.Function):
         return y if route_weights is None else ops.combine(y, row_position, route_weights)
 
     @staticmethod
-    @differentiable_once("sinc_lora_linear")
+    @differentiable_once("sinc_lora_linear", "moe_sinc_mlp")
     def backward(
         ctx: Any,
         dy: Tensor,

@@ -65,7 +65,7 @@ class GroupedLoRALinearFunction(torch.autograd.Function):
         return y if route_weights is None else ops.combine(y, row_position, route_weights)
 
     @staticmethod
-    @differentiable_once("grouped_lora_linear")
+    @differentiable_once("grouped_lora_linear", "moe_lora_mlp")
     def backward(
         ctx: Any,
         dy: Tensor,
