@@ -292,7 +292,9 @@ def test_a_second_differentiation_raises(backend):
     call = make_call(Case((2, 1), (3, 2), 2, frozen="base"), torch.float32, backend)
     x = call.operands["x"].requires_grad_()
     (grad,) = torch.autograd.grad(run(call, backend).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"grouped_lora_linear or moe_lora_mlp was differentiated twice.*backend='reference'"):
+    with pytest.raises(
+        RuntimeError, match=r"grouped_lora_linear or moe_lora_mlp was differentiated twice.*backend='reference'"
+    ):
         grad.sum().backward()
 
 

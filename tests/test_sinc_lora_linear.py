@@ -297,7 +297,9 @@ def test_differentiating_twice_is_an_error_that_says_what_to_do():
     given = operands(Case((3,), 20, 12, 2))
     y = sinc_lora_linear(**given, grid=0.7, scaling=SCALING)
     (d_x,) = torch.autograd.grad(y.sum(), given["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"sinc_lora_linear or moe_sinc_mlp was differentiated twice.*backend='reference'"):
+    with pytest.raises(
+        RuntimeError, match=r"sinc_lora_linear or moe_sinc_mlp was differentiated twice.*backend='reference'"
+    ):
         torch.autograd.grad(d_x.square().sum(), given["lora_A"])
 
 
