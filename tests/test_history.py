@@ -200,7 +200,7 @@ def test_runs_below_a_directory_are_found_once_in_the_order_of_their_start(learn
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda lines: lines[0].update(history=2), "has format version 2, and this lrlora reads 1: update lrlora_ops"),
+        (lambda lines: lines[0].update(history=9), "has format version 9, and this lrlora reads 2: update lrlora_ops"),
         (lambda lines: lines[3].pop("step"), "damaged in line 4 .*: restore it, or leave this run out"),
         (lambda lines: lines.__setitem__(2, [1]), "damaged in line 3"),
         (lambda lines: lines[0]["ranks"].pop(), "damaged in line 1 .*13 ranks of 14"),

@@ -91,6 +91,22 @@ def test_it_shows_the_last_ranks_and_the_slider_goes_back(page, runs):
     assert numbers(page, "Rank by layer and module") == in_reading_order(cells, runs[0].snapshots[5]["ranks"])
 
 
+def test_a_trainers_evaluations_stand_in_the_table(browser, runs, tmp_path):
+    def evaluated(lines):
+        lines.insert(1, {"step": 0, "held_out": {"eval": 2.5}})
+        lines.insert(-1, {"step": 12, "held_out": {"eval": 2.25, "eval_code": 3.0}})
+
+    none = "\N{EN DASH}"
+    directories = [rewritten(runs[0].directory, tmp_path / "evaluated", evaluated), runs[1].directory]
+    for page in visited(browser, read_runs(directories), tmp_path):
+        names = [cell.text for cell in find(page, "#table thead th")]
+        for name, expected in (("eval", ["2.500 → 2.250", none]), ("eval_code", ["3.000", none])):
+            place = names.index(f"held-out loss, {name}")
+            assert [
+                row.find_elements(By.CSS_SELECTOR, "th, td")[place].text for row in find(page, "#table tbody tr")
+            ] == expected
+
+
 def test_the_switch_shows_the_other_run(page, runs):
     first, second = find(page, "#switch button")
     assert (first.text, second.text) == ("learned", "growing")

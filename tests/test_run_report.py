@@ -142,7 +142,7 @@ def test_the_table_has_what_was_measured(runs):
 
 def test_a_long_run_is_thinned_and_its_mean_loss_stays(runs):
     steps = [{"step": step, "loss": float(step % 7), "seconds": 1.0} for step in range(1, 1201)]
-    points = losses(Run(runs[0].directory, "long", runs[0].start, steps, None))
+    points = losses(Run(runs[0].directory, "long", runs[0].start, steps, [], None))
     assert len(points) == 400 and points[-1][0] == 1200
     assert sum(loss for _, loss in points) / 400 == pytest.approx(sum(step["loss"] for step in steps) / 1200)
     assert thinned(range(1000), 3) == [0, 500, 999]
@@ -218,7 +218,7 @@ def test_report_writes_a_page_and_pictures(output, tmp_path):
             ["adapters"],
             r"adapters holds adapters, but no history\.jsonl.*: give .* or see .* lrlora doctor",
         ),
-        (["newer"], "has format version 2, and this lrlora reads 1: update lrlora_ops"),
+        (["newer"], "has format version 9, and this lrlora reads 2: update lrlora_ops"),
         (["damaged"], "is damaged in line 3 .*: restore it, or leave this run out"),
         (["demo", "--gpu", "abacus"], "--gpu is abacus; it must be one of GB200, B200, "),
         (["demo", "--output", "empty/file"], r"file cannot be written \(File exists\): choose another --output"),
@@ -234,7 +234,7 @@ def test_bad_input_is_one_line(output, tmp_path, monkeypatch, words, message):
     if "empty/file" in words:
         (tmp_path / "empty" / "file").write_text("")
     source = output / "adapters" / "growing"
-    rewritten(source, tmp_path / "newer", lambda lines: lines[0].update(history=2))
+    rewritten(source, tmp_path / "newer", lambda lines: lines[0].update(history=9))
     rewritten(source, tmp_path / "damaged", lambda lines: lines[2].pop("step"))
     assert_one_line(report(*words), message)
     assert not (tmp_path / "lrlora-report").exists()

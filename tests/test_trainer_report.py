@@ -13,7 +13,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from lrlora_ops.cli import app  # noqa: E402
 from lrlora_ops.finetune.history import FILE, traced_layers  # noqa: E402
-from lrlora_ops.finetune.page import page_data  # noqa: E402
+from lrlora_ops.finetune.page import held_out, page_data  # noqa: E402
 from lrlora_ops.finetune.runs import read_run  # noqa: E402
 from lrlora_ops.integrations import _recording  # noqa: E402
 from lrlora_ops.integrations.transformers import AdaptersCallback  # noqa: E402
@@ -26,7 +26,7 @@ class Watched(transformers.TrainerCallback):
     """Ranks and rows of the experts after each step, and the losses that the trainer logs; it comes first."""
 
     def __init__(self, adapters) -> None:
-        self.adapters, self.ranks, self.losses = adapters, [], []
+        self.adapters, self.ranks, self.losses, self.held_out = adapters, [], [], []
         self.rows = {name: 0 for name, module in adapters.modules.items() if module.table.num_experts > 1}
         step = adapters.step
         adapters.step = lambda **options: (self.count(), step(**options))
@@ -38,17 +38,21 @@ class Watched(transformers.TrainerCallback):
     def on_step_end(self, *_, **__) -> None:
         self.ranks.append([rank for own in self.adapters.ranks().values() for rank in own.flatten().tolist()])
 
+    def on_evaluate(self, args, state, control, metrics, **_) -> None:
+        self.held_out.append((state.global_step, metrics["eval_loss"]))
+
     def on_log(self, *_, logs, **__) -> None:
         self.losses += [logs["loss"]] if "loss" in logs else []
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of 10 steps of 3 micro-batches, with a checkpoint in its middle."""
+    """A run of 10 steps of 3 micro-batches, with checkpoints and evaluations in its course."""
     directory = tmp_path_factory.mktemp("trainer")
     model, adapters = adapted(CASE)
     watched = Watched(adapters)
     logs = {"logging_strategy": "steps", "logging_steps": 1, "save_strategy": "steps", "save_steps": 4}
+    logs |= {"eval_strategy": "steps", "eval_steps": 4, "eval_on_start": True}
     run = trainer(model, adapters, directory, [watched], gradient_accumulation_steps=3, **logs)
     run.train()
     return directory, adapters, watched, run
@@ -67,6 +71,17 @@ def test_each_step_is_recorded(trained):
     assert run.start["tokens"] == 2 * 10 * 3  # rows, columns, micro-batches
     assert run.tokens_per_second == pytest.approx(STEPS * 60 / run.seconds)
     assert run.end["parameters"] == sum(p.numel() for p in adapters.parameters())
+
+
+def test_evaluations_are_recorded(trained):
+    """Of before the first step, too, which no line of a history comes before."""
+    directory, _, watched, _ = trained
+    run = read_run(directory / FILE)
+    assert [step for step, _ in watched.held_out] == [line["step"] for line in run.held_out]
+    assert {0, 4, 8} <= {step for step, _ in watched.held_out}
+    losses = [line["held_out"]["eval"] for line in run.held_out]
+    assert losses == pytest.approx([loss for _, loss in watched.held_out], rel=1e-5) and losses[-1] < losses[0]
+    assert held_out(run) == {"eval": [losses[0], losses[-1]]}
 
 
 def test_shares_are_those_of_the_rows_that_the_loss_depends_on(trained):
@@ -107,6 +122,7 @@ def test_a_resumed_run_goes_on_in_its_history(trained, tmp_path):
     whole, rest = read_run(tmp_path / FILE), read_run(tmp_path / "other" / FILE)
     assert [step["step"] for step in whole.steps] == list(range(1, STEPS + 1)) and whole.end
     assert [step["ranks"] for step in whole.steps] == watched.ranks
+    assert [line["step"] for line in whole.held_out] == [0, 4]  # the rest was not evaluated again
     assert [step["step"] for step in rest.snapshots] == list(range(4, STEPS + 1))
     assert rest.snapshots[0]["ranks"] == watched.ranks[3]
     assert rest.tokens_per_second == pytest.approx((STEPS - 4) * 60 / rest.seconds)

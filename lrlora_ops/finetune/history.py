@@ -93,6 +93,10 @@ class History:
         self._write(line)
         self._last = now
 
+    def on_evaluate(self, losses: Mapping[str, float]) -> None:
+        """After an evaluation: add a line with the held-out losses, by name."""
+        self._write({"step": self.step, "held_out": {name: _number(loss) for name, loss in losses.items()}})
+
     def _read_ranks(self) -> dict[str, list[Any]]:
         self._stable = stable_rank_list(self.adapters)
         return {"ranks": rank_list(self.adapters)} | ({} if self._stable is None else {"stable_ranks": self._stable})

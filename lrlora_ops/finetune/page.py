@@ -100,11 +100,22 @@ def summary(run: Run) -> dict[str, Any]:
         "parameters": end.get("parameters"),
         "before": run.start["before"],
         "bits": end.get("bits", {}),
+        "heldOut": held_out(run),
         "seconds": run.seconds,
         "speed": run.tokens_per_second,
         "held": end.get("held"),
         "gpu": end.get("gpu_bytes"),
     }
+
+
+def held_out(run: Run) -> dict[str, list[float]]:
+    """Of each set that a trainer has evaluated, the first and the last loss that are finite."""
+    found: dict[str, list[float]] = {}
+    for line in run.held_out:
+        for name, loss in line["held_out"].items():
+            if loss is not None:
+                found[name] = [*found.get(name, [])[:1], loss]
+    return found
 
 
 def losses(run: Run) -> list[list[float]]:

@@ -15,7 +15,7 @@ from lrlora_ops.finetune.errors import CommandError
 from lrlora_ops.plan import Layer
 
 FILE = "history.jsonl"
-VERSION = 1
+VERSION = 2
 _WANTED = "the --output of lrlora finetune or demo, or the output directory of a trainer with adapters.callback()"
 
 
@@ -28,6 +28,7 @@ class Run:
         label: Its name, with the directory if another run that is shown has the same name.
         start: The first line.
         steps: The lines of its steps, in order; a line may be of several steps, up to the one that it names.
+        held_out: The lines of a trainer's evaluations, in order.
         end: The last line's results; None for a run that has not ended.
     """
 
@@ -35,6 +36,7 @@ class Run:
     label: str
     start: dict[str, Any]
     steps: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
     end: dict[str, Any] | None
 
     @property
@@ -151,6 +153,7 @@ def read_run(path: Path) -> Run:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # what has no newline was cut off
     start: dict[str, Any] | None = None
     steps: list[dict[str, Any]] = []
+    held_out: list[dict[str, Any]] = []
     end = None
     for number, text in enumerate(lines, 1):
         try:
@@ -158,18 +161,19 @@ def read_run(path: Path) -> Run:
             if "history" in line:
                 _check_version(path, line)
                 start, end = start or _checked(line), None
-                steps = [step for step in steps if step["step"] <= line["first_step"]]
+                first = line["first_step"]
+                steps, held_out = ([own for own in kept if own["step"] <= first] for kept in (steps, held_out))
             elif "end" in line:
                 end = line["end"]
             else:
-                steps.append({"step": int(line["step"]), **line})
+                (held_out if "held_out" in line else steps).append({"step": int(line["step"]), **line})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CommandError(
                 f"{path} is damaged in line {number} ({error!r}): restore it, or leave this run out"
             ) from error
     if start is None:
         raise CommandError(f"{path} has no first line that says what ran: leave this run out, or train it again")
-    return Run(path.parent, start["name"], start, steps, end)
+    return Run(path.parent, start["name"], start, steps, held_out, end)
 
 
 def _check_version(path: Path, line: dict[str, Any]) -> None:

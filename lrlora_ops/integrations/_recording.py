@@ -40,6 +40,7 @@ class Recorder:
             self._history = History(self._directory, adapters, state.max_steps, state.global_step)
         self._begun = False
         self._losses: list[Tensor] = []  # since the last line
+        self._held_out: list[Mapping[str, float]] = []  # not written yet
         experts = {name: module.table for name, module in adapters.modules.items() if module.table.num_experts > 1}
         self._routed = {name: torch.zeros_like(table.row_counts) for name, table in experts.items()}
 
@@ -69,6 +70,18 @@ class Recorder:
         with self._writing():
             self._history.on_step(float(torch.stack(self._losses).mean()) if self._losses else math.nan)
         self._losses = []
+
+    def on_evaluate(self, metrics: Mapping[str, float]) -> None:
+        """After an evaluation: its losses, by the prefix of their names, such as "eval", or "eval_code"."""
+        losses = {name.removesuffix("_loss"): loss for name, loss in metrics.items() if name.endswith("_loss")}
+        self._held_out += [losses] if losses else []
+        if self._begun:
+            self._write_held_out()
+
+    def _write_held_out(self) -> None:
+        with self._writing():
+            while self._history is not None and self._held_out:
+                self._history.on_evaluate(self._held_out.pop(0))
 
     def end(self) -> None:
         """The run came to its end."""
@@ -103,6 +116,7 @@ class Recorder:
                 before={},
                 **sizes,
             )
+        self._write_held_out()  # of before the first step
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -124,6 +124,18 @@ class AdaptersCallback(TrainerCallback):
             for row in state.log_history[-1:]:  # a copy of the logs, made before anybody saw them
                 row.update(figures)
 
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """What was held out stands in the history beside the training loss."""
+        if self._recorder and metrics:
+            self._recorder.on_evaluate(metrics)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The trainer's own files lack what a method must remember. The first process writes it."""
         self.adapters.save(_checkpoint(args, state))

@@ -16,6 +16,7 @@ function lead() {
 
 function runsTable() {
   const texts = [...new Set(RUNS.flatMap(run => Object.keys(run.summary.before)))];
+  const evaluated = [...new Set(RUNS.flatMap(run => Object.keys(run.summary.heldOut)))];
   const columns = [
     ["run", null],
     ["mean rank (lowest to highest)", run => `${short(run.rank[1])} (${run.rank[0]} to ${run.rank[2]})`],
@@ -29,6 +30,11 @@ function runsTable() {
       : []),
     ["adapter parameters", run => (run.parameters === null ? "–" : count(run.parameters))],
     ...texts.map(text => [`bits per byte, ${text}`, run => run.bits[text], run => run.before[text]]),
+    ...evaluated.map(name => [
+      `held-out loss, ${name}`,
+      run => run.heldOut[name]?.at(-1),
+      run => (run.heldOut[name]?.length > 1 ? run.heldOut[name][0] : undefined),
+    ]),
     ["training time", run => duration(run.seconds)],
     ["tokens per second", run => (run.speed === null ? "–" : count(run.speed))],
     ...(RUNS.some(run => run.summary.held)
@@ -53,14 +59,14 @@ function runsTable() {
         `not ended: ${count(run.summary.done)} of ${count(run.summary.steps)} steps`,
       );
     for (const [, value, before] of columns.slice(1))
-      before ? bitsCell(row, run.summary, value, before) : put(row, "td", {}, value(run.summary));
+      before ? lossCell(row, run.summary, value, before) : put(row, "td", {}, value(run.summary));
     row.addEventListener("click", () => choose(index));
     row.addEventListener("keydown", event => event.key === "Enter" && choose(index));
   });
 }
 
-// The best of a text is bold, as far as three digits tell.
-function bitsCell(row, run, value, before) {
+// The best of what was held out is bold, as far as three digits tell.
+function lossCell(row, run, value, before) {
   const three = own => (own === undefined ? "–" : own.toFixed(3));
   const all = RUNS.map(other => value(other.summary))
     .filter(own => own !== undefined)
