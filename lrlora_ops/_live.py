@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,11 +35,11 @@ def runs(index: Tensor, sizes: list[int]) -> list[int | None]:
     """Of each part of ``index``, of these sizes above 0: its first number if it counts up from there, else None."""
     if not sizes:
         return []
-    ends = torch.tensor(sizes).cumsum(0)
-    firsts = ends - torch.tensor(sizes)
-    breaks = F.pad((index.diff() != 1).cumsum(0), (1, 0))
-    is_run = (breaks[ends - 1] == breaks[firsts]).tolist()
-    return [first if whole else None for first, whole in zip(index[firsts].tolist(), is_run, strict=True)]
+    numbers, ends = index.numpy(), np.cumsum(sizes)
+    firsts = ends - sizes
+    breaks = np.cumsum(np.diff(numbers, prepend=numbers[0]) != 1)
+    is_run = breaks[ends - 1] == breaks[firsts]
+    return [int(first) if whole else None for first, whole in zip(numbers[firsts], is_run, strict=True)]
 
 
 @dataclass(frozen=True)
