@@ -1,6 +1,6 @@
 """sinc_gemm and its backward pass in PyTorch: an expert at a time, and a block of rows of its weight at a time.
 
-What is made of a weight stays in a core's cache. Experts without rows cost nothing.
+No more of a moved weight than a block exists at a time. Experts without rows cost nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lrlora_ops._sinc import sinc_gradients, sinc_weight
 
-# Rows of the weight that are made at a time: 4 MB in fp32, and enough for a quick product.
-_BLOCK_ELEMENTS, _BLOCK_ROWS = 2**20, 64
+# Rows of the weight that are made at a time: 16 MB in fp32, and enough for a quick product.
+_BLOCK_ELEMENTS, _BLOCK_ROWS = 2**22, 64
 
 
 @torch.library.custom_op("lrlora_eager::sinc_gemm", mutates_args=())
@@ -43,7 +43,7 @@ def sinc_gemm(
         x_rows = _rows(x, row_index, rows).to(dtype)
         for part in _blocks(frozen):
             moved = sinc_weight(frozen[part], own_a, own_b[:, part], c, grid, scaling, dtype)
-            out = y[rows, part] if y.dtype == dtype else x_rows.new_empty(len(x_rows), len(moved))
+            out = _target(y[rows, part], dtype)
             if bias is None:
                 torch.mm(x_rows, moved.t(), out=out)
             else:  # rounded once, with the product
@@ -106,7 +106,7 @@ def sinc_gemm_backward(
             x_rows = _rows(x, x_index, rows).to(dtype)
             x_rows = x_rows if row_weights is None else (x_rows * row_weights[rows, None]).to(dtype)
             own_d_a, own_d_b = _own(expert, len(weight), d_a, d_b)
-        total = None
+        total = _target(d_rows[rows], dtype) if needs_rows else None
         for part in _blocks(frozen):
             low_rank = (own_a, own_b[:, part], c, grid, scaling)
             if x_rows is not None:
@@ -117,10 +117,9 @@ def sinc_gemm_backward(
                 d_c += parts[2]
             else:
                 moved = sinc_weight(frozen[part], *low_rank, dtype)
-            if needs_rows:
-                product = dy_rows[:, part]
-                total = product @ moved if total is None else total.addmm_(product, moved)
-        if total is not None:
+            if total is not None:
+                torch.addmm(total, dy_rows[:, part], moved, beta=min(part.start, 1), out=total)
+        if total is not None and total.dtype != d_rows.dtype:
             d_rows[rows] = total
     return d_rows, d_a, d_b, d_c
 
@@ -176,8 +175,13 @@ def _rows(x: Tensor, index: Tensor | None, rows: slice) -> Tensor:
     return x[rows] if index is None else x.index_select(0, index[rows])
 
 
+def _target(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a product in ``dtype`` is written to: out, or memory for it that is then rounded."""
+    return out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+
+
 def _blocks(weight: Tensor) -> Iterator[slice]:
-    """Rows of a weight ``[N, K]`` that are made and multiplied at a time: what the caches hold."""
+    """Rows of a weight ``[N, K]`` that are made and multiplied at a time."""
     num_rows, num_cols = weight.shape
     size = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(num_cols, 1))
     return (slice(first, first + size) for first in range(0, max(num_rows, 1), size))

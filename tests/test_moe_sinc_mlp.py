@@ -259,7 +259,7 @@ def test_keeps_nothing_of_the_weights_size():
 
 
 def test_eager_backend_makes_one_expert_s_weight_at_a_time():
-    """The largest tensor that it allocates is an expert's matrix, or the buffers for it: 3 of coefficients, 8 more."""
+    """The largest tensor that it allocates is an expert's matrix, or the buffers for it: 3 of coefficients, 9 more."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -288,7 +288,7 @@ def test_eager_backend_makes_one_expert_s_weight_at_a_time():
     with Watch():
         x = torch.randn(experts, hidden, requires_grad=True)
         moe_sinc_mlp(x, index, torch.ones(experts, 1), up, down, activation=torch.tanh).sum().backward()
-    assert hidden * inner <= largest <= 11 * hidden * inner < experts * hidden * inner
+    assert hidden * inner <= largest <= 12 * hidden * inner < experts * hidden * inner
 
 
 def test_checkpointing_changes_no_bit():

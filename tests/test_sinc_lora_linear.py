@@ -142,12 +142,13 @@ def check_parity(given: dict[str, Tensor], grid: float, dtype: torch.dtype, back
             assert_within_budget(value.cpu(), exact[name].cpu(), simple[name].cpu())
 
 
-@pytest.mark.parametrize("out_features", [130, 64])
-def test_parity_of_several_blocks(out_features, monkeypatch):
-    """Of the eager backend: blocks of rows of the weight, and tiles that end within a row."""
-    monkeypatch.setattr("lrlora_ops._sinc._ELEMENTS", 1000 * (3 + 8))
+@pytest.mark.parametrize("elements", [1, 500 * (3 + 9)], ids=["tiles of a row", "tiles of several rows"])
+@pytest.mark.parametrize(("out_features", "in_features"), [(130, 70), (64, 71)])
+def test_parity_of_several_blocks(out_features, in_features, elements, monkeypatch):
+    """Of the eager backend: blocks of rows of the weight, and tiles of a block, the last ones smaller."""
+    monkeypatch.setattr("lrlora_ops._sinc._ELEMENTS", elements)
     monkeypatch.setattr("lrlora_ops._sinc_gemm._BLOCK_ELEMENTS", 1)
-    given = operands(Case((3,), 70, out_features, 2))
+    given = operands(Case((3,), in_features, out_features, 2))
     check_parity(given, 0.7, torch.float32, "eager")
 
 
