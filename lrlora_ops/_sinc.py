@@ -69,16 +69,17 @@ class _Basis:
             yield slice(first, first + len(b)), self.phi.view(len(b), num_cols)
 
     def _locate(self) -> None:
-        """m, f, ``(-1)^m`` as sign and ``z - c_0`` as phi; w is then an ulp at least away from every k."""
+        """m, f, ``f^2`` as s, ``(-1)^m`` as sign, ``z - c_0`` as phi; w is then an ulp at least away from every k."""
         torch.add(self.offset, self.w, alpha=self.grid, out=self.phi)
         torch.round(self.w, out=self.m)
         torch.sub(self.w, self.m, out=self.f)
-        if torch.abs(self.f, out=self.s).amin() < _LEAST:
-            centres = torch.abs(self.m, out=self.s).clamp_(max=self.reach)
+        if torch.mul(self.f, self.f, out=self.s).amin() < _LEAST**2:
+            centres = torch.abs(self.m, out=self.t).clamp_(max=self.reach)
             ulps = centres.mul_(2 * torch.finfo(self.w.dtype).eps).add_(_LEAST)
             torch.sub(self.w.add_(torch.copysign(ulps, self.f)), self.m, out=self.f)
             self.f.masked_fill_(self.f == 0, _LEAST)  # of a w so large that an ulp is nothing
-        odd = torch.mul(self.m, 0.5, out=self.s).frac_()  # 0 or a half
+            torch.mul(self.f, self.f, out=self.s)
+        odd = torch.mul(self.m, 0.5, out=self.t).frac_()  # 0 or a half
         torch.addcmul(self.one, odd, odd, value=-8, out=self.sign)
 
     def _divide(self, numerator: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class _Basis:
         ``of_coefficients`` gives."""
         d = d.view(self.phi.shape)
         self._locate()
-        square = torch.mul(self.f, self.f, out=self.s)
+        square = self.s
         torch.mul(square, self.series[-1], out=self.t).add_(self.series[-2])
         for coefficient in self.series[-3::-1]:
             torch.addcmul(coefficient, self.t, square, out=self.t)
