@@ -7,19 +7,18 @@ on a CPU, and dead components are skipped. Each function is a custom op, so that
 Where the CPU is no faster in half precision, rows are widened to fp32 in blocks that stay in a core's cache.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lrlora_ops._live import Expert, Work, find_work, runs
+from lrlora_ops._gated import ACTIVATIONS, gated_activation, gated_activation_backward  # noqa: F401
+from lrlora_ops._live import BLOCK_ELEMENTS, Expert, Work, find_work, row_blocks, runs
 from lrlora_ops._sinc import sinc_gradients, sinc_weight  # noqa: F401
 from lrlora_ops._sinc_gemm import sinc_gemm, sinc_gemm_backward  # noqa: F401
 
-# A block takes 2 MB in fp32, about a core's share of the caches, and has rows enough for BLAS to be quick.
-_BLOCK_ELEMENTS, _BLOCK_ROWS = 2**19, 128
+# Of a block that is widened: enough for BLAS to be quick.
+_BLOCK_ROWS = 128
 # Of rows that two products read, or one reads column by column: BLAS is slower with fewer, the cache with more.
 _REUSED_ROWS = 512
 # Of a weight that is widened at a time: 16 MB in fp32, to be used by many rows; for fewer it does not pay.
@@ -47,7 +46,7 @@ def _blocks(
     """x_rows in ``compute`` and the same rows of the others: all at once, unless many are to be widened or reused."""
     size = _REUSED_ROWS if reused else x_rows.shape[0]
     if compute != x_rows.dtype:
-        size = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(x_rows.shape[1], 1)) * torch.get_num_threads()
+        size = max(_BLOCK_ROWS, BLOCK_ELEMENTS // max(x_rows.shape[1], 1)) * torch.get_num_threads()
     if x_rows.shape[0] <= size:
         yield x_rows.to(compute), *others
         return
@@ -306,10 +305,10 @@ def grouped_gemm(
         for expert in work.experts:
             _add_product(y_rows[expert.index], rows[expert], matrices[expert.index], biases[expert.index])
     else:
-        columns = work.columns(gated)
+        columns, wide = work.columns(gated), _wide_block(matrices[0])
         for expert in work.experts:
             own = (rows[expert], y_rows[expert.index], *columns[expert.index])
-            _widened_product(own, matrices[expert.index], biases[expert.index], pool[expert])
+            _widened_product(own, matrices[expert.index], biases[expert.index], pool[expert], wide)
     return y
 
 
@@ -319,20 +318,29 @@ def _add_product(y: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None) -> N
     y.addmm_(x, matrix)
 
 
-def _widened_product(rows: tuple[Tensor, ...], matrix: Tensor, bias: Tensor | None, segments: list[Tensor]) -> None:
+def _wide_block(matrix: Tensor) -> Tensor:
+    """Memory in fp32 for a block of columns of such a matrix: one for all experts, so that its pages stay."""
+    columns = min(max(_WEIGHT_ELEMENTS // max(matrix.shape[0], 1), 1), matrix.shape[1])
+    return torch.empty_like(matrix[:, :columns], dtype=torch.float32)
+
+
+def _widened_product(
+    rows: tuple[Tensor, ...], matrix: Tensor, bias: Tensor | None, segments: list[Tensor], wide: Tensor
+) -> None:
     """``y = x @ matrix + bias`` plus the products of pieces and segments, for rows of (x, y, pieces).
 
-    Blocks of rows of x and of columns of the matrix are widened to fp32, where many rows make use of them. (They are
-    free again before the next ones are made, and so stay in the cache.)
+    Where many rows make use of it, they and blocks of columns of the matrix are widened to fp32, these in ``wide``.
     """
     few = len(rows[0]) < _WIDENED_ROWS
     compute = rows[0].dtype if few else torch.float32
-    size = max(matrix.shape[1] if few else _WEIGHT_ELEMENTS // max(matrix.shape[0], 1), 1)
+    size = max(matrix.shape[1] if few else wide.shape[1], 1)
     for low in range(0, matrix.shape[1], size):
         part = slice(low, low + size)
-        wide = matrix[:, part].to(compute)
+        block = matrix[:, part]
+        if not few:
+            block = wide[:, : block.shape[1]].copy_(block)
         for x, y, *pieces in _blocks(compute, *rows):
-            total = (x @ wide).to(torch.float32)
+            total = (x @ block).to(torch.float32)
             if bias is not None:
                 total.add_(bias[part])
             _add_segments(total, pieces, [pool_rows[:, part] for pool_rows in segments], is_set=True)
@@ -351,6 +359,13 @@ def _(
 @torch.library.custom_op("lrlora_eager::combine", mutates_args=())
 def combine(rows: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
     """``out[t] = sum_k weights[t, k] rows[positions[t, k]]``, ``[T, N]`` in rows' dtype, summed in fp32 or wider."""
+    out = rows.new_empty(positions.shape[0], rows.shape[1])
+    for tokens in row_blocks(*out.shape):
+        out[tokens] = _weighted_sum(rows, positions[tokens], None if weights is None else weights[tokens])
+    return out
+
+
+def _weighted_sum(rows: Tensor, positions: Tensor, weights: Tensor | None) -> Tensor:
     out = torch.zeros(positions.shape[0], rows.shape[1], dtype=_sum_dtype(rows), device=rows.device)
     for k, position in enumerate(positions.unbind(1)):
         chosen = rows.index_select(0, position).to(out.dtype)
@@ -358,7 +373,7 @@ def combine(rows: Tensor, positions: Tensor, weights: Tensor | None = None) -> T
             out.add_(chosen)
         else:
             out.addcmul_(chosen, weights[:, k, None].to(out.dtype))
-    return out.to(rows.dtype)
+    return out
 
 
 @combine.register_fake
@@ -381,15 +396,3 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
 @dropout.register_fake
 def _(x, seed, p):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _gated_activation(activate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def gated(gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return activate(gate) * up
-
-    return gated
-
-
-# ``act(gate) * up`` of rows ``[gate, up]``, ``[L, 2 I] -> [L, I]``, which autograd differentiates.
-ACTIVATIONS = {"silu": _gated_activation(F.silu), "gelu_tanh": _gated_activation(partial(F.gelu, approximate="tanh"))}

@@ -10,8 +10,9 @@ a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 ADAPTER = 4  # bytes of an fp32 element
 COEFFICIENTS = 9  # SincUpdate's default, of each projection
@@ -172,18 +173,30 @@ def owned(layers: Sequence[Layer], mean_rank: float, max_rank: int) -> Held:
     return owned_at(layers, [mean_rank] * len(layers), [max_rank] * len(layers))
 
 
-def owned_at(layers: Sequence[Layer], mean_ranks: Sequence[float], max_ranks: Sequence[int]) -> Held:
-    """``owned`` with ranks that differ by layer: the mean of its experts, and what one of them may get."""
-    held = u = 0.0
+def owned_at(
+    layers: Sequence[Layer],
+    mean_ranks: Sequence[float],
+    max_ranks: Sequence[int],
+    coefficients: Mapping[str, int] = MappingProxyType({}),
+) -> Held:
+    """``owned`` with ranks that differ by layer: the mean of its experts, and what one of them may get.
+
+    Layers that are named in ``coefficients`` have a SincUpdate with so many for each projection: see ``sinc``.
+    """
+    held = u = buffer = 0.0
     for layer, mean, most in zip(layers, mean_ranks, max_ranks, strict=True):
         held += ADAPTER * layer.parameters(mean)
-        u += layer.u_bytes(most if layer.is_experts else mean)
-    return Held(held, held, 2 * held, u + _inputs(layers))
+        if layer.name in coefficients:
+            held += ADAPTER * coefficients[layer.name] * len(layer.projections)
+            buffer = max(buffer, layer.sinc_buffer_bytes(mean))
+        else:
+            u += layer.u_bytes(most if layer.is_experts else mean)
+    return Held(held, held, 2 * held, u + _inputs(layers), buffer)
 
 
 def learning(layers: Sequence[Layer], mean_rank: float, max_rank: int) -> Held:
     """LearnedRank until its freeze, and any LoRA that is padded to the largest rank and masked."""
-    return _held(layers, max_rank, sum(layer.u_bytes(max_rank) for layer in layers) + _inputs(layers))
+    return owned(layers, max_rank, max_rank)
 
 
 def peft(layers: Sequence[Layer], mean_rank: float, max_rank: int) -> Held:
@@ -195,7 +208,8 @@ def peft(layers: Sequence[Layer], mean_rank: float, max_rank: int) -> Held:
     saved = sum(_peft_saved(layer, mean_rank) for layer in layers)
     if all(layer.itemsize == ADAPTER for layer in layers):  # no copies: inputs are shared
         saved += _inputs(layers)
-    return _held(layers, mean_rank, saved)
+    size = ADAPTER * sum(layer.parameters(mean_rank) for layer in layers)
+    return Held(size, size, 2 * size, saved)
 
 
 def sinc(layers: Sequence[Layer], mean_rank: float, max_rank: int) -> Held:
@@ -203,10 +217,9 @@ def sinc(layers: Sequence[Layer], mean_rank: float, max_rank: int) -> Held:
 
     From forward to backward it keeps the layers' inputs alone; its buffer is that of a GPU.
     """
-    coefficients = COEFFICIENTS * sum(len(layer.projections) for layer in layers)
-    size = ADAPTER * (sum(layer.parameters(mean_rank) for layer in layers) + coefficients)
-    buffer = max((layer.sinc_buffer_bytes(mean_rank) for layer in layers), default=0.0)
-    return Held(size, size, 2 * size, _inputs(layers), buffer)
+    every = len(layers)
+    coefficients = dict.fromkeys((layer.name for layer in layers), COEFFICIENTS)
+    return owned_at(layers, [mean_rank] * every, [max_rank] * every, coefficients)
 
 
 ARMS: dict[str, Callable[[Sequence[Layer], float, int], Held]] = {
@@ -216,11 +229,6 @@ ARMS: dict[str, Callable[[Sequence[Layer], float, int], Held]] = {
     "PEFT at the mean rank": peft,
     "SincUpdate at the mean rank": sinc,
 }
-
-
-def _held(layers: Sequence[Layer], rank: float, saved: float) -> Held:
-    size = ADAPTER * sum(layer.parameters(rank) for layer in layers)
-    return Held(size, size, 2 * size, saved)
 
 
 def _inputs(layers: Sequence[Layer]) -> float:

@@ -31,6 +31,7 @@ PARTS = {
     "_targets": "adapters",
     "_trace": "plan",
     "apply": "adapters",
+    "_gated": "eager",
     "_live": "eager",
     "_sinc": "eager",
     "_sinc_gemm": "eager",

@@ -117,6 +117,14 @@ def test_ranks_that_differ_by_layer_are_held_layer_by_layer():
     assert held.saved == alone.saved + 2 * 2 * 4096 * 7  # a column for each component that an expert may get
 
 
+def test_a_sinc_update_on_some_layers_alone():
+    """They share inputs with the others; the buffer is theirs."""
+    held, plain = (owned_at([LAYER, MIXTURE], [16, 2.5], [99, 7], own) for own in ({MIXTURE.name: 5}, {}))
+    assert held.adapters == held.gradients == held.optimizer / 2 == plain.adapters + 2 * 5 * 4
+    assert held.saved == plain.saved - MIXTURE.u_bytes(7)
+    assert (held.buffer, plain.buffer) == (sinc([MIXTURE], 2.5, 7).buffer, 0)
+
+
 def assert_costs(found: Cost, moved: int, flops: int) -> None:
     assert (found.bytes, found.flops) == (moved, flops)
 

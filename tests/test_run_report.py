@@ -15,7 +15,7 @@ from lrlora_ops.finetune.page import losses, page_data, render, smoothed, thinne
 from lrlora_ops.finetune.pictures import draw_run, draw_runs
 from lrlora_ops.finetune.run_costs import run_costs
 from lrlora_ops.finetune.runs import Run, read_runs
-from lrlora_ops.plan import owned, peft
+from lrlora_ops.plan import Layer, owned, peft, sinc
 from tests._cli import assert_one_line
 from tests._runs import GROWING, LEARNED, MIXED, STEPS, rewritten, train_run
 
@@ -81,7 +81,6 @@ def test_stable_ranks_have_maps_parts_and_pictures_of_their_own(tmp_path):
     assert (attention["name"], attention["what"]) == ("self_attn", "stable rank")
     assert attention["ranks"][-1] == [min(own), pytest.approx(sum(own) / 8), max(own)] == data["summary"]["stable"]
     assert data["summary"]["rank"] == [2, pytest.approx((6 * 3 + 8 * 2) / 14), 3]
-    assert "not computed: it makes whole weights" in data["costs"]["reason"]
     pictures = {path.name for path in draw_run(run, tmp_path, "run") + draw_runs([run], tmp_path)}
     assert pictures == {"ranks-run.png", "stable-ranks-run.png", "growth.png"}
 
@@ -119,6 +118,29 @@ def test_costs_are_those_of_the_adapters_and_of_the_plan(runs, output):
         assert padded["milliseconds"] == sum(x.lora_cost(max(run.ranks)).milliseconds(GPUS["H100"]) for x in run.layers)
         assert 0 < ours["milliseconds"] <= padded["milliseconds"] < theirs["milliseconds"]
     assert [arm["name"] for arm in run_costs(runs[0], "H100")["arms"]][2] == "padded to the method's maximum, 6"
+
+
+def test_costs_of_a_sinc_update_are_beside_those_of_lora_of_its_ranks(tmp_path):
+    train_run(MIXED, tmp_path)
+    [run] = read_runs([tmp_path])
+    moved = [layer for layer in run.layers if layer.name in run.adapters["stable rank"]]
+    others = [layer for layer in run.layers if layer not in moved]
+    assert (len(moved), len(others)) == (8, 6)
+    ours, plain, padded, theirs = run_costs(run, "H100")["arms"]
+    names = ["these ranks", "LoRA of these ranks", "padded to the method's maximum, 3", "PEFT at the mean rank, 2.43"]
+    assert [arm["name"] for arm in (ours, plain, padded, theirs)] == names
+
+    tensors = load_file(run.directory / json.loads((run.directory / STATE_FILE).read_text())["tensors"])
+    held = sum(t.numel() * 4 for name, t in tensors.items() if "lora_" in name or "coefficients" in name)
+    assert ours["held"]["A, B"] == padded["held"]["A, B"] == held
+    assert plain["held"]["A, B"] == held - 8 * 3 * 4
+    assert ours["held"]["buffer"] == sinc(moved, 2, 2).buffer > 0
+    assert "buffer" not in plain["held"] and "buffer" not in theirs["held"]
+    assert ours["held"]["saved"] == plain["held"]["saved"] - sum(layer.u_bytes(2) for layer in moved)
+    time = sum(layer.lora_cost(3).milliseconds(GPUS["H100"]) for layer in others)
+    for cost in (Layer.sinc_product_cost, lambda layer: layer.sinc_passes_cost(2)):
+        time += sum(cost(layer).milliseconds(GPUS["H100"]) for layer in moved)
+    assert ours["milliseconds"] == padded["milliseconds"] == pytest.approx(time)
 
 
 def test_costs_follow_the_rank_of_each_layer(output, tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lrlora_ops import eager
+from lrlora_ops.ops._activation import gated_activation
 from lrlora_ops.ops._demand import count_demand
 from lrlora_ops.routing import Routing
 
@@ -48,8 +49,8 @@ def routed_mlp(
     """
     # A dropped pair adds nothing, whatever its weight: even NaN.
     top_k_weights = top_k_weights.masked_fill(top_k_index >= routing.group_offsets.shape[0] - 1, 0.0)
-    activate = eager.ACTIVATIONS[activation] if isinstance(activation, str) else activation
-    hidden = activate(up(x)).to(x.dtype)
+    rows = up(x)
+    hidden = gated_activation(rows, activation) if isinstance(activation, str) else activation(rows).to(x.dtype)
     row_weights = top_k_weights.detach().flatten()[routing.row_order]
     if post is None:
         out = down(hidden, top_k_weights)

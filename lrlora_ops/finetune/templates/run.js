@@ -230,6 +230,9 @@ function cost(run) {
       "Saved is what autograd keeps because of the adapters.",
       "Times are floors at the datasheet's rates of bandwidth and arithmetic, and routing is taken as even;",
       `the frozen layers take ${milliseconds(costs.frozen)}. Padded is a masked LoRA of that rank everywhere.`,
+      ...(run.maps.some(map => map.what === "stable rank")
+        ? ["SincUpdate has a third product beside the frozen two and makes weights, one layer after another in the buffer."]
+        : []),
     ].join(" "),
   );
 }
