@@ -12,6 +12,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from lrlora_ops.finetune.page import render
+from lrlora_ops.finetune.run_costs import run_costs
 from lrlora_ops.finetune.runs import read_runs
 from tests._runs import GROWING, LEARNED, MIXED, rewritten, train_run
 
@@ -199,10 +200,11 @@ def test_stable_ranks_have_heatmaps_and_charts_of_their_own(browser, runs, tmp_p
         assert overview == ["Training loss, smoothed", "Rank", "Stable rank"]
         heads = [own.text for own in find(page, "#all h3")]
         assert "mixed: stable rank by layer and module" in heads and "learned: rank by layer and module" in heads
-        assert (
-            "mean stable rank" in find(page, "#table")[0].text
-            and "it makes whole weights" in find(page, "#cost")[0].text
-        )
+        assert "mean stable rank" in find(page, "#table")[0].text
+        cost = find(page, "#cost")[0].text
+        assert "LoRA of these ranks" in cost and "it has a third product" in cost
+        arms = run_costs(mixed, "H200")["arms"]
+        assert len(find(page, "#cost rect")) == sum(len(arm["held"]) + 1 for arm in arms)  # bars of memory, and of time
         find(page, "#switch button")[1].click()
         assert not any(own.text.startswith("Stable") for own in find(page, "#maps h3, #growth h3"))
 

@@ -231,7 +231,7 @@ function cost(run) {
       "Times are floors at the datasheet's rates of bandwidth and arithmetic, and routing is taken as even;",
       `the frozen layers take ${milliseconds(costs.frozen)}. Padded is a masked LoRA of that rank everywhere.`,
       ...(run.maps.some(map => map.what === "stable rank")
-        ? ["SincUpdate has a third product beside the frozen two and makes weights, one layer after another in the buffer."]
+        ? ["SincUpdate is not padded; it has a third product beside the frozen two, and makes weights in the buffer, a layer at a time."]
         : []),
     ].join(" "),
   );
