@@ -16,7 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrlora_ops import ExpertLinear, RankTable, VariableRankLoRAExperts, grouped_lora_linear, lora_linear, moe_lora_mlp
+from lrlora_ops import (
+    ExpertLinear,
+    RankTable,
+    SincExpertLinear,
+    VariableRankLoRAExperts,
+    grouped_lora_linear,
+    lora_linear,
+    moe_lora_mlp,
+    moe_sinc_mlp,
+    sinc_lora_linear,
+)
 from lrlora_ops.modules.experts import run_experts
 from tests._oracle import SCALING, assert_within_budget, bits
 
@@ -238,6 +248,75 @@ def transformers_experts(
     return forward
 
 
+def moving(make: Maker, name: str, k: int, n: int, experts: int = 1) -> tuple[Leaves, float]:
+    """A, B and nine coefficients, by name, and the grid: elements of ``B^T A`` are about two steps of it wide."""
+    rank, grid = make.size.capacity, 0.5 * k**-0.5
+    factors = make.normal(experts * rank, k, scale=k**-0.5), make.normal(experts * rank, n, scale=rank**-0.5)
+    c = make.normal(9, scale=grid, dtype=torch.float32)
+    return {f"{name}A": factors[0], f"{name}B": factors[1], f"{name}c": c}, grid
+
+
+def moved(weight: Tensor, a: Tensor, b: Tensor, c: Tensor, grid: float, dtype: torch.dtype) -> Tensor:
+    """``W + scaling * phi(B^T A)``, in fp32 or wider, and rounded once."""
+    sums = torch.promote_types(dtype, torch.float32)
+    phi = z = b.to(sums).t() @ a.to(sums)
+    for k, own in enumerate(c.to(sums), -4):
+        phi = phi + own * (torch.sinc(z / grid - k) - float(k == 0))
+    return (weight.to(sums) + SCALING * phi).to(dtype)
+
+
+def sinc(make: Maker) -> Problem:
+    """``sinc_lora_linear``, the capacity its rank."""
+    size = make.size
+    own, grid = moving(make, "", size.k, size.n)
+    weight, bias = make.normal(size.n, size.k, scale=size.k**-0.5), make.normal(size.n)
+
+    def op(t: Leaves) -> Tensor:
+        options: dict[str, Any] = {"grid": grid, "scaling": SCALING, "bias": bias, "backend": make.backend}
+        return sinc_lora_linear(t["x"], weight, t["A"], t["B"], t["c"], **options)
+
+    def plain(t: Leaves) -> Tensor:
+        x = t["x"]
+        return F.linear(x, moved(weight, t["A"], t["B"], t["c"], grid, x.dtype), bias.to(x.dtype))
+
+    return Problem({"x": make.normal(size.rows, size.k), **own}, op, plain)
+
+
+def sinc_moe(make: Maker) -> Problem:
+    """``moe_sinc_mlp``, the capacity the rank of every expert; the last expert has no rows."""
+    size = make.size
+    sizes = {"up.": (size.k, 2 * size.n), "down.": (size.n, size.k)}
+    leaves = {"x": make.normal(size.rows, size.k), "route": make.normal(size.rows, size.top_k).abs()}
+    grids, weights = {}, {}
+    for name, (k, n) in sizes.items():
+        own, grids[name] = moving(make, name, k, n, size.experts)
+        leaves |= own
+        weights[name] = make.normal(size.experts, n, k, scale=k**-0.5)
+    scores = torch.rand(size.rows, size.experts - 1, generator=make.generator, device=make.device)
+    index = scores.topk(size.top_k).indices
+
+    def op(t: Leaves) -> Tensor:
+        up, down = (
+            SincExpertLinear(weights[name], *(t[name + part] for part in "ABc"), grid=grids[name]) for name in sizes
+        )
+        options: dict[str, Any] = {"activation": "silu", "scaling": SCALING, "backend": make.backend}
+        return moe_sinc_mlp(t["x"], index, t["route"], up, down, **options)
+
+    def plain(t: Leaves) -> Tensor:
+        y, rank = torch.zeros_like(t["x"]), size.capacity
+        for expert in range(size.experts - 1):
+            tokens, choice = (index == expert).nonzero(as_tuple=True)
+            rows, own = t["x"][tokens], slice(expert * rank, (expert + 1) * rank)
+            for name in sizes:
+                factors = (t[f"{name}A"][own], t[f"{name}B"][own], t[f"{name}c"])
+                rows = rows @ moved(weights[name][expert], *factors, grids[name], rows.dtype).t()
+                rows = glu(rows) if name == "up." else rows
+            y = y.index_add(0, tokens, rows * t["route"][tokens, choice, None])
+        return y
+
+    return Problem(leaves, op, plain)
+
+
 # op -> (how it is made, small size, real sizes). A small one divides no tile.
 OPS: dict[str, tuple[Callable[[Maker], Problem], Size, dict[str, Size]]] = {
     "lora_linear": (
@@ -299,6 +378,19 @@ OPS: dict[str, tuple[Callable[[Maker], Problem], Size, dict[str, Size]]] = {
         lambda make: moe(make, module=True),
         Size(133, 40, 36, experts=5, top_k=2),
         {"OLMoE": Size(4096, 2048, 1024, experts=64, top_k=8)},
+    ),
+    "sinc_lora_linear": (
+        sinc,
+        Size(133, 72, 40, capacity=5),
+        {
+            "8B attention": Size(8192, 4096, 4096),
+            "1B down, rank 64": Size(4096, 8192, 2048, capacity=64),
+        },
+    ),
+    "moe_sinc_mlp": (
+        sinc_moe,
+        Size(133, 40, 36, experts=5, top_k=2, capacity=3),
+        {"eight of OLMoE's experts": Size(1024, 2048, 1024, experts=8, top_k=2)},
     ),
 }
 
