@@ -19,7 +19,8 @@ from torch import Tensor
 
 # The least |f|, large enough for the square of a quotient.
 _LEAST = 2.0**-60
-# Of all buffers, for each thread: what stays in a core's L2. More threads than four share what four have.
+# Of all buffers, for each thread, 4 MB in fp32: smaller ones would stay in a core's L2, but a call of PyTorch costs
+# more than that. More threads than four share what four have.
 _ELEMENTS, _MOST_THREADS = 2**20, 4
 _PLAIN = 9  # buffers of a number for each element of a tile, beside that of a number for each k and element
 
